@@ -1,0 +1,3 @@
+from mlx_tuner.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""What can go wrong for a user: one line a fault, and the exit code that goes with it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: where it is, which field, and what to do about it."""
+
+    where: str = ""
+    """A file, or FILE:LINE."""
+    field: str = ""
+    """The key or field at fault, such as ``lora.rank`` or ``messages[2].content``."""
+    what: str = ""
+    """What is wrong, then what to do, parted by a semicolon."""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.field, self.what) if part)
+
+
+class TunerError(Exception):
+    """Faults that the command line reports, up to 20 at once, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, *faults: Fault | str) -> None:
+        self.faults = tuple(f if isinstance(f, Fault) else Fault(what=f) for f in faults)
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+class UsageError(TunerError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe is wrong."""
+
+
+class DataError(TunerError):
+    """Training data that cannot be trained on."""
+
+
+class ModelError(TunerError):
+    """A model, tokenizer or adapter that cannot be used."""
+
+
+class RunError(TunerError):
+    """A run, or the machine under it, that cannot go on."""
