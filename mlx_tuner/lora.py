@@ -1,0 +1,211 @@
+"""LoRA for linear layers, plain or quantised (Hu et al. 2021, arXiv:2106.09685).
+
+Shapes: N tokens, I inputs, O outputs, r rank. Factors are stored as mlx-lm stores them,
+``lora_a`` (I, r) and ``lora_b`` (r, O), in fp32; products run in the dtype of the input.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_tuner.errors import Fault, ModelError
+
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
+
+# Routers pick experts; adapting them changes which weights train, so "all-linear" leaves them out.
+ROUTERS = frozenset({"gate", "shared_expert_gate"})
+
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+
+
+class LoRALinear(nn.Module):
+    """``y = Wx + b + scale · B(A(dropout(x)))`` with W frozen.
+
+    ``lora_a`` starts Kaiming-uniform with a = √5, which is U(±1/√I), and ``lora_b`` at zero,
+    as PEFT initialises them, so that training starts from the base model.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear | nn.QuantizedLinear,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        key: mx.array | None = None,
+    ) -> None:
+        super().__init__()
+        outputs, inputs = dimensions(linear)
+        bound = 1 / math.sqrt(inputs)
+        self.linear = linear
+        self.scale = scale
+        self.dropout = dropout
+        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
+        self.lora_b = mx.zeros((rank, outputs))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(…, I) to (…, O)."""
+        return self.linear(x) + self.delta(x)
+
+    def delta(self, x: mx.array) -> mx.array:
+        """The adapter's own part of the output, (…, I) to (…, O)."""
+        z = self.drop(x) @ self.lora_a.astype(x.dtype)
+        return (self.scale * z) @ self.lora_b.astype(x.dtype)
+
+    def drop(self, x: mx.array) -> mx.array:
+        """Inverted dropout while training, from the key that `set_dropout_key` gave."""
+        if not (self.dropout and self.training):
+            return x
+        keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
+        return mx.where(keep, x * (1 / (1 - self.dropout)), 0).astype(x.dtype)
+
+    def fuse(self, dtype: mx.Dtype | None = None) -> nn.Linear:
+        """A plain linear layer with ``W + scale · (A B)ᵀ``, summed in fp32.
+
+        A quantised base is dequantised. ``dtype`` defaults to that of the base's weights
+        (of its scales, where they are quantised).
+        """
+        weight = dense_weight(self.linear)
+        outputs, inputs = weight.shape
+        fused = nn.Linear(inputs, outputs, bias="bias" in self.linear)
+        delta = self.scale * (self.lora_a @ self.lora_b).T
+        fused.weight = (weight.astype(mx.float32) + delta).astype(dtype or weight.dtype)
+        if "bias" in self.linear:
+            fused.bias = self.linear.bias.astype(dtype or self.linear.bias.dtype)
+        return fused
+
+
+def dimensions(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
+    """``(outputs, inputs)`` of a linear layer."""
+    outputs, inputs = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        inputs = inputs * 32 // linear.bits
+    return outputs, inputs
+
+
+def dense_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
+    """The layer's weights (O, I), dequantised where they are quantised."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight
+    return mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    scale: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | Literal["all-linear"],
+    num_layers: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Freeze the model and put a `LoRALinear` in place of each target, in its last blocks.
+
+    Args:
+        target_modules: last segments of module names (``q_proj``), or ``"all-linear"``.
+        num_layers: how many blocks, counted from the last; all where None.
+
+    Returns:
+        The paths of the adapted modules, in the model's order.
+
+    Raises:
+        ModelError: a target matches no linear layer, or there are fewer blocks than asked for.
+    """
+    targets = find_targets(model, target_modules, num_layers)
+    model.freeze()
+    modules = dict(model.named_modules())
+    keys = mx.random.split(mx.random.key(seed), len(targets))
+    adapted = [
+        (path, LoRALinear(modules[path], rank=rank, scale=scale, dropout=dropout, key=key))
+        for path, key in zip(targets, keys, strict=True)
+    ]
+    model.update_modules(tree_unflatten(adapted))
+    return targets
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: Sequence[str] | Literal["all-linear"],
+    num_layers: int | None = None,
+) -> list[str]:
+    """Paths of the linear layers of the last ``num_layers`` blocks that the names select.
+
+    Raises:
+        ModelError: as `attach` does.
+    """
+    blocks = len(model.layers)
+    if num_layers is not None and num_layers > blocks:
+        raise ModelError(
+            Fault("", "lora.num_layers", f"{num_layers} layers, but the model has {blocks}")
+        )
+    first = 0 if num_layers is None else blocks - num_layers
+    linears = [(path, int(m[1])) for path, m in _block_linears(model)]
+    names = {path: path.rsplit(".", 1)[-1] for path, _ in linears}
+    if target_modules == ALL_LINEAR:
+        wanted = set(names.values()) - ROUTERS
+    else:
+        wanted = set(target_modules)
+        if missing := sorted(wanted - set(names.values())):
+            raise ModelError(
+                Fault(
+                    "",
+                    "lora.target_modules",
+                    f"{', '.join(missing)} matches no linear layer; "
+                    f"there are {', '.join(sorted(set(names.values())))}",
+                )
+            )
+    return [path for path, block in linears if block >= first and names[path] in wanted]
+
+
+def _block_linears(model: nn.Module) -> Iterable[tuple[str, re.Match[str]]]:
+    found = [
+        (path, match)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        and (match := _BLOCK.search(path)) is not None
+    ]
+    return sorted(found, key=lambda item: (int(item[1][1]), item[0]))
+
+
+def adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's LoRA layers by path, in the order of their blocks."""
+    found = [(p, m) for p, m in model.named_modules() if isinstance(m, LoRALinear)]
+    return dict(sorted(found, key=lambda item: _natural(item[0])))
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def trainable(model: nn.Module) -> dict[str, mx.array]:
+    """The adapter's factors by name, ``model.layers.0.self_attn.q_proj.lora_a`` and so on."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def set_dropout_key(model: nn.Module, key: mx.array) -> None:
+    """Give each LoRA layer its own key for the next pass, so that its mask is a function of it."""
+    layers = [layer for layer in adapted_modules(model).values() if layer.dropout]
+    if layers:
+        for layer, layer_key in zip(layers, mx.random.split(key, len(layers)), strict=True):
+            layer._dropout_key = layer_key
+
+
+def fuse_all(model: nn.Module, dtype: mx.Dtype | None = None) -> None:
+    """Replace every LoRA layer of the model by its fused linear layer."""
+    fused = [(path, layer.fuse(dtype)) for path, layer in adapted_modules(model).items()]
+    model.update_modules(tree_unflatten(fused))
