@@ -1,0 +1,203 @@
+"""What the benchmark scripts share: child processes, tables and result files.
+
+A script measures variants with `interleave`, prints `table(...)` and writes `save(...)`:
+
+    from harness import child, interleave, save, table
+
+    runs = interleave({"ours": child("--one", "ours"), "theirs": child("--one", "theirs")},
+                      repeats=3)
+    print(table(runs, baseline="theirs"))
+    save("training", runs, baseline="theirs", settings={"rows": 8})
+
+where the script, called with `--one ours`, measures once and ends with
+`report(samples_per_second=…)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mlx_tuner import device
+from mlx_tuner.measure import Measures, Spread, interleave, ratio, spreads
+
+__all__ = [
+    "Measures",
+    "Spread",
+    "child",
+    "interleave",
+    "options",
+    "preload_openblas",
+    "ratio",
+    "report",
+    "result",
+    "save",
+    "spreads",
+    "table",
+]
+
+SCHEMA_VERSION = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_MARK = "measures:"
+
+
+def report(**measures: float) -> None:
+    """Hand one run's figures from a child process to its parent; call it once, at the end."""
+    print(_MARK + json.dumps(measures), flush=True)
+
+
+def child(
+    *arguments: str,
+    script: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Callable[[], Measures]:
+    """A variant that runs `python script arguments` (default: the running script) once a turn.
+
+    Its figures are what the child gave to `report`, `wall_seconds` (start of the process to its
+    end) and `peak_rss_gb` (10^9 bytes of resident memory, the process's own peak). On a GPU, let
+    the child also report MLX's own peak. On the CPU backend OpenBLAS is preloaded where it is
+    installed. A child that fails stops the benchmark with its standard error.
+    """
+    argv = [sys.executable, str(script or Path(sys.argv[0]).resolve()), *arguments]
+    environ = device.blas_environment({**os.environ, **(environ or {})})
+
+    def run() -> Measures:
+        start = time.perf_counter()
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT)
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        process.stdout.close()
+        wall_seconds = time.perf_counter() - start
+        if process.returncode:
+            raise SystemExit(f"{shlex.join(argv)} ended with {process.returncode}\n{output}")
+        lines = [line for line in output.splitlines() if line.startswith(_MARK)]
+        if not lines:
+            raise SystemExit(f"{shlex.join(argv)} reported nothing")
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+        return {
+            **json.loads(lines[-1][len(_MARK) :]),
+            "wall_seconds": wall_seconds,
+            "peak_rss_gb": usage.ru_maxrss * unit / 1e9,
+        }
+
+    return run
+
+
+def result(
+    name: str,
+    runs: Mapping[str, Sequence[Measures]],
+    *,
+    baseline: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything needed to read the figures later: machine, versions, date, command, spreads.
+
+    `ratios` are each variant's figures over the baseline's, turn by turn.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", _script_name(), *sys.argv[1:]]),
+        "machine": device.facts().to_json(),
+        "settings": dict(settings or {}),
+        "measures": {
+            variant: {key: spread.to_json() for key, spread in spreads(turns).items()}
+            for variant, turns in runs.items()
+        },
+        "ratios": {
+            variant: {key: spread.to_json() for key, spread in ratios.items()}
+            for variant, ratios in _ratios(runs, baseline).items()
+        },
+    }
+
+
+def save(
+    name: str,
+    runs: Mapping[str, Sequence[Measures]],
+    *,
+    baseline: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `benchmarks/results/NAME.json`; arguments as in `result`."""
+    from mlx_tuner import files
+
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, result(name, runs, baseline=baseline, settings=settings))
+    return path
+
+
+def table(runs: Mapping[str, Sequence[Measures]], *, baseline: str | None = None) -> str:
+    """A Markdown table: a row a figure, a column a variant, then each one's ratio to `baseline`."""
+    by_variant = {variant: spreads(turns) for variant, turns in runs.items()}
+    ratios = _ratios(runs, baseline)
+    header = ["", *by_variant, *(f"{variant} / {baseline}" for variant in ratios)]
+    keys = dict.fromkeys(key for figures in by_variant.values() for key in figures)
+    rows = [
+        [
+            key,
+            *(str(figures[key]) if key in figures else "" for figures in by_variant.values()),
+            *(str(figures[key]) if key in figures else "" for figures in ratios.values()),
+        ]
+        for key in keys
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        + " |"
+        for cells in (header, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join(lines)
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has: `--repeats` and `--name`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns of each variant")
+    parser.add_argument("--name", help="name of the result file, without .json")
+    return parser
+
+
+def preload_openblas() -> None:
+    """Start this script over with OpenBLAS preloaded, where that helps and is possible.
+
+    Call it first: then the figures measured here, too, and the recorded machine have it.
+    """
+    environ = device.blas_environment(os.environ)
+    if environ != dict(os.environ):
+        os.execve(sys.executable, sys.orig_argv, environ)
+
+
+def _ratios(
+    runs: Mapping[str, Sequence[Measures]], baseline: str | None
+) -> dict[str, dict[str, Spread]]:
+    if baseline is None:
+        return {}
+    return {
+        variant: {
+            key: ratio(turns, runs[baseline], key)
+            for key in turns[0]
+            if all(key in run and run[key] for run in runs[baseline])
+        }
+        for variant, turns in runs.items()
+        if variant != baseline
+    }
+
+
+def _script_name() -> str:
+    script = Path(sys.argv[0]).resolve()
+    return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name

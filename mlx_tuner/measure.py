@@ -1,0 +1,69 @@
+"""Timing things fairly: variants interleaved, medians with their spread, paired ratios."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Measures = Mapping[str, float]
+"""Figures of one run by name, each with its unit in the name, such as `seconds`."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeated measurements, and the lowest and highest of them."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def to_json(self) -> dict[str, float]:
+        """`{"median", "low", "high", "repeats"}`."""
+        return {
+            "median": self.median,
+            "low": self.low,
+            "high": self.high,
+            "repeats": self.repeats,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.low:.4g} … {self.high:.4g})"
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], Measures]],
+    *,
+    repeats: int,
+    warmups: int = 0,
+    on_result: Callable[[str, Measures], None] = lambda name, measures: None,
+) -> dict[str, list[Measures]]:
+    """Measures of each variant, run in turns A B A B …, so that drift hits all of them alike.
+
+    The first `warmups` turns are run and thrown away. `on_result(name, measures)` hears of every
+    kept run as it ends.
+    """
+    kept: dict[str, list[Measures]] = {name: [] for name in variants}
+    for turn in range(warmups + repeats):
+        for name, run in variants.items():
+            measures = run()
+            if turn >= warmups:
+                kept[name].append(measures)
+                on_result(name, measures)
+    return kept
+
+
+def spreads(runs: Sequence[Measures]) -> dict[str, Spread]:
+    """The spread of each figure over the runs of one variant."""
+    return {key: Spread.of([run[key] for run in runs]) for key in runs[0]}
+
+
+def ratio(runs: Sequence[Measures], baseline: Sequence[Measures], key: str) -> Spread:
+    """Figure `key` over the baseline's, turn by turn: runs of the same turn share the weather."""
+    return Spread.of([ours[key] / theirs[key] for ours, theirs in zip(runs, baseline, strict=True)])
