@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import click
@@ -30,3 +31,14 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="mlx-tune")
 def main() -> None:
     """LoRA fine-tuning of Qwen models on Apple silicon, in MLX."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """What this machine has, what is missing, what to do."""
+    from mlx_tuner.doctor import examine
+
+    report = examine()
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report)
+    sys.exit(0 if report.can_train else 1)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -59,6 +60,7 @@ _CHIPS: Mapping[str, tuple[float, tuple[tuple[int, int], ...]]] = {
 }
 
 _THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
+_PRESSURE_LEVELS = {"1": "normal", "2": "warning", "4": "critical"}
 _OPENBLAS_FILES = (
     "/usr/lib/{arch}-linux-gnu/libopenblas.so.0",
     "/usr/lib64/libopenblasp.so.0",
@@ -102,6 +104,10 @@ class Probe:
     def exists(self, path: str) -> bool:
         """Whether a file is there."""
         return Path(path).is_file()
+
+    def which(self, program: str) -> str | None:
+        """Where a program is, if it is on the path."""
+        return shutil.which(program)
 
     def os_version(self) -> str:
         """Such as "macOS 15.5" or "Linux 6.1"."""
@@ -147,6 +153,8 @@ class Machine:
     on_battery: bool | None
     thermal_state: str | None
     """nominal, moderate, heavy, trapping or sleeping: above nominal the chip is slowed down."""
+    memory_pressure: str | None
+    """normal, warning or critical: macOS's own view of the RAM that is left."""
     notes: tuple[str, ...] = field(default=())
     """What to keep in mind when reading this machine's figures."""
 
@@ -165,6 +173,7 @@ def facts(probe: Probe | None = None) -> Machine:
     cores = gpu_cores(probe) if is_mac else None
     peak, bandwidth = chip_peak(chip, cores) if backend == "metal" else (None, None)
     thermal = thermal_state(probe) if is_mac else None
+    pressure = memory_pressure(probe) if is_mac else None
     low_power = _flag(r"lowpowermode\s+(\d)", probe.command("pmset", "-g")) if is_mac else None
     power_source = probe.command("pmset", "-g", "batt") if is_mac else ""
     on_battery = "'Battery Power'" in power_source if power_source else None
@@ -185,7 +194,8 @@ def facts(probe: Probe | None = None) -> Machine:
         low_power_mode=low_power,
         on_battery=on_battery,
         thermal_state=thermal,
-        notes=tuple(_notes(chip, low_power, on_battery, thermal)),
+        memory_pressure=pressure,
+        notes=tuple(_notes(chip, low_power, on_battery, thermal, pressure)),
     )
 
 
@@ -225,6 +235,12 @@ def thermal_state(probe: Probe) -> str | None:
     return _THERMAL_LEVELS[int(found[1])]
 
 
+def memory_pressure(probe: Probe) -> str | None:
+    """How short of RAM macOS finds itself, or None where that cannot be read."""
+    level = probe.command("sysctl", "-n", "kern.memorystatus_vm_pressure_level").strip()
+    return _PRESSURE_LEVELS.get(level)
+
+
 def blas(probe: Probe | None = None) -> Blas:
     """Whether OpenBLAS does the CPU backend's matrix products, and whether it could.
 
@@ -244,10 +260,15 @@ def blas_environment(environ: Mapping[str, str], probe: Probe | None = None) -> 
     """`environ` for a child process, with OpenBLAS preloaded where that helps and is possible."""
     probe = probe or Probe()
     found = blas(probe)
-    if probe.backend() != "cpu" or found.available is None or found.loaded is not None:
+    preloaded = environ.get("LD_PRELOAD", "")
+    if (
+        probe.backend() != "cpu"
+        or found.available is None
+        or found.loaded is not None
+        or found.available in preloaded.split(":")
+    ):
         return dict(environ)
-    preload = ":".join(filter(None, (found.available, environ.get("LD_PRELOAD"))))
-    return {**environ, "LD_PRELOAD": preload}
+    return {**environ, "LD_PRELOAD": ":".join(filter(None, (found.available, preloaded)))}
 
 
 def memory_budget(probe: Probe | None = None) -> int:
@@ -343,8 +364,12 @@ def _package_version(name: str) -> str:
 
 
 def _notes(
-    chip: str, low_power: bool | None, on_battery: bool | None, thermal: str | None
-) -> Sequence[str]:
+    chip: str,
+    low_power: bool | None,
+    on_battery: bool | None,
+    thermal: str | None,
+    pressure: str | None,
+) -> list[str]:
     notes = []
     if chip.startswith("Apple M5"):
         notes.append("the peak counts the shaders only: M5's matrix units can exceed it")
@@ -354,4 +379,6 @@ def _notes(
         notes.append("running on battery")
     if thermal not in (None, "nominal"):
         notes.append(f"thermal pressure is {thermal}: the chip is slowed down")
+    if pressure not in (None, "normal"):
+        notes.append(f"memory pressure is {pressure}: other programs hold the RAM")
     return notes

@@ -22,6 +22,7 @@ class FakeMac(device.Probe):
             "pmset -g": " lowpowermode         0\n",
             "pmset -g batt": "Now drawing from 'AC Power'\n",
             "notifyutil": "com.apple.system.thermalpressurelevel 0\n",
+            "sysctl": "1\n",
             **commands,
         }
 
@@ -136,19 +137,28 @@ def test_a_slowed_down_mac_says_so() -> None:
         "pmset -g": " lowpowermode         1\n",
         "pmset -g batt": "Now drawing from 'Battery Power'\n",
         "notifyutil": "com.apple.system.thermalpressurelevel 2\n",
+        "sysctl": "4\n",
     }
     machine = device.facts(FakeMac("Apple M4 Pro", 20, commands))
     assert (machine.low_power_mode, machine.on_battery) == (True, True)
     assert machine.thermal_state == "heavy"
-    assert len(machine.notes) == 3
+    assert machine.memory_pressure == "critical"
+    assert len(machine.notes) == 4
 
 
 def test_facts_that_a_mac_does_not_tell_are_none() -> None:
-    silent = {"ioreg": "", "pmset -g": "", "pmset -g batt": "", "notifyutil": "no such key"}
+    silent = {
+        "ioreg": "",
+        "pmset -g": "",
+        "pmset -g batt": "",
+        "notifyutil": "no such key",
+        "sysctl": "",
+    }
     machine = device.facts(FakeMac("Apple M4 Pro", 20, silent))
     assert machine.low_power_mode is None
     assert machine.on_battery is None
     assert machine.thermal_state is None
+    assert machine.memory_pressure is None
     assert machine.notes == ()
 
 
@@ -269,6 +279,7 @@ def test_an_installed_openblas_is_preloaded_into_children(monkeypatch: pytest.Mo
     child = device.blas_environment(environ, FakeLinux({path: ""}))
     assert child == {"LD_PRELOAD": f"{path}:/other.so", "HOME": "/"}
     assert device.blas_environment(environ, FakeLinux({})) == environ
+    assert device.blas_environment(child, FakeLinux({path: ""})) == child
 
 
 def test_a_gpu_needs_no_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
