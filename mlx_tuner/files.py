@@ -1,0 +1,290 @@
+"""The one module that writes files: whole or not at all, and on the disk once a call returns.
+
+A file or folder gets a temporary name beside its own (`.tmp-…`), is flushed to the disk, and is
+then renamed. Whatever stops a write half-way leaves the old content; what a killed process left
+behind is removed by `sweep`, under the lock of the folder's owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_tuner.errors import Fault, RunError, UsageError
+
+MANIFEST = "MANIFEST.json"
+
+_TEMPORARY = ".tmp-"
+_TRASH = ".trash-"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_CANNOT_SYNC = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
+
+
+# ---- a file ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path with the suffix and folder of `path`; what is written there becomes `path`.
+
+    The folder is made if need be. The rename happens only if the block ends without an exception;
+    otherwise the temporary file is removed and an earlier `path` is as it was.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix}")
+    with _faults_named(path):
+        make_folder(path.parent)
+        try:
+            yield temporary
+            _sync(temporary)
+            _rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`."""
+    with replacing(path) as temporary, _faults_named(path, len(data)):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _write(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make `path` hold `text` in UTF-8, its newlines as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Make `path` hold `value` as indented JSON; not-a-number and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add one line to `path`, in one write: the whole line or nothing. Not flushed (see `sync`)."""
+    line = text.encode("utf-8") + b"\n"
+    with _faults_named(path, len(line)):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                _write(descriptor, line)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Put what was appended to `path` on the disk."""
+    with _faults_named(path):
+        _sync(path)
+
+
+# ---- a folder ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside `directory`; once filled and flushed, it becomes `directory`.
+
+    `MANIFEST.json`, with the size and SHA-256 of every file, is written last. `directory` must not
+    exist, or be empty. After an exception in the block nothing is left.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(
+            Fault(str(directory), "", "is there already; choose another folder or remove this one")
+        )
+    temporary = directory.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    with _faults_named(directory):
+        try:
+            make_folder(temporary)
+            yield temporary
+            files = _files_below(temporary)
+            for path in files.values():
+                _sync(path)
+            write_text(temporary / MANIFEST, _manifest({n: _entry(p) for n, p in files.items()}))
+            for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
+                _sync(folder)
+            _rename(temporary, directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def verify(directory: Path) -> list[str]:
+    """What in `directory` does not match its manifest, a sentence each; empty if all of it does.
+
+    Hidden files that the manifest does not name (Finder leaves some) are not looked at.
+    """
+    try:
+        manifest = (directory / MANIFEST).read_bytes()
+    except OSError as error:
+        return [f"{MANIFEST}: {error.strerror}"]
+    try:
+        listed = dict(json.loads(manifest)["files"])
+        intact = _manifest(listed).encode("utf-8") == manifest
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        return [f"{MANIFEST}: damaged"]
+    found = _files_below(directory)
+    del found[MANIFEST]
+    wrong = [f"{name}: missing" for name in listed if name not in found]
+    for name, path in found.items():
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        try:
+            if name not in listed:
+                wrong += [] if hidden else [f"{name}: not in the manifest"]
+            elif _entry(path) != listed[name]:
+                wrong.append(f"{name}: not the content that was written")
+        except OSError as error:
+            wrong.append(f"{name}: {error.strerror}")
+    return wrong
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and the folders above it that are not there yet."""
+    with _faults_named(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(directory: Path) -> None:
+    """Remove a folder with all it holds: at once by name, then its content."""
+    trash = directory.with_name(f"{_TRASH}{uuid.uuid4().hex}")
+    with _faults_named(directory):
+        _rename(directory, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed writers left in `directory`. Only for the holder of the folder's lock."""
+    for path in directory.iterdir():
+        if path.name.startswith((_TEMPORARY, _TRASH)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def lock(path: Path, owner: str) -> int | None:
+    """Hold `path` as a lock for as long as this process lives, or until the descriptor is closed.
+
+    `owner` is written into the file for whoever comes second: who gets a `RunError` that quotes it.
+    The file is never removed: the kernel frees the lock. Returns the descriptor to close.
+    """
+    with _faults_named(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            what = f"in use by {holder or 'another process'}; wait for it, or stop it"
+            raise RunError(Fault(str(path.parent), "", what)) from None
+        except OSError as error:
+            # Some network file systems have no locks; unique temporary names still keep data whole.
+            if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
+                os.close(descriptor)
+                raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode("utf-8") + b"\n", 0)
+        return descriptor
+
+
+# ---- the primitives: every byte, flush and rename goes through these ---------------------------
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all of `data`: a second call to the system only if the first took less."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the medium; on macOS `fsync` alone stops at the drive's cache."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if (full_sync := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+            try:
+                fcntl.fcntl(descriptor, full_sync)
+                return
+            except OSError as error:
+                if error.errno not in _CANNOT_SYNC:
+                    raise
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Network file systems may not flush folders; nothing better can be done there.
+            if error.errno not in _CANNOT_SYNC or not path.is_dir():
+                raise
+    finally:
+        os.close(descriptor)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Give `source` its final name, for good. Both are in the same folder."""
+    source.replace(target)
+    _sync(target.parent)
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def _files_below(directory: Path) -> dict[str, Path]:
+    """Files in `directory`, at any depth, by their relative POSIX names, sorted."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path for path in sorted(files)}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _manifest(files: dict[str, Any]) -> str:
+    """The one text a manifest of `files` can have: it carries the hash of its own list."""
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def _faults_named(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn an `OSError` into a `RunError` that names `path` and what can be done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            todo = "free some disk space"
+        elif error.errno in _NOT_ALLOWED:
+            todo = "check the permissions, or choose another folder"
+        else:
+            todo = "check the disk and the path"
+        amount = "" if size is None else f" {size:,} bytes"
+        cause = error.strerror or str(error)
+        raise RunError(Fault(str(path), "", f"cannot write{amount}: {cause}; {todo}")) from error
