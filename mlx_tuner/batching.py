@@ -1,0 +1,234 @@
+"""Rows to micro-batches: flat tokens with nothing between them, and where each row's tokens lie.
+
+Notation: R rows of a group, T the longest of them, P shared prefix tokens, N flat tokens,
+S slots (N tokens and the padding of the groups), M targets.
+
+    rows            A: s s s a a a a      B: s s s b b        (s: the prefix that they share)
+    flat   [N]      s s s a a a b         inputs only: a row ends at the token before its last
+                                          target, which nothing needs the hidden state of
+    slots  [S]      s s s | a a a | b . . linears run on flat tokens, attention on groups of
+                                          rows of like length, [R, T], after the prefix's P
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+MIN_SHARED_PREFIX = 8
+"""Tokens; a shorter prefix is not worth a second set of keys."""
+
+
+class Row(NamedTuple):
+    """One training row: its tokens (n,) and which of them carry loss (n,), the first never."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+    @property
+    def inputs(self) -> int:
+        """Leading tokens whose hidden states anything depends on."""
+        return int(np.flatnonzero(self.loss_mask)[-1])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass works on. All index arrays are int32."""
+
+    tokens: np.ndarray
+    """(N,) input ids: the prefix's, where it is inside, then each row's own."""
+    prefix: int
+    """P, the tokens of the prefix that lie at the front of ``tokens``."""
+    past: int
+    """Tokens of a prefix that was computed elsewhere and is only attended to."""
+    groups: tuple[tuple[int, int], ...]
+    """``(R, T)`` of each attention group, in the order of their slots."""
+    slot_token: np.ndarray
+    """(S,) the flat position of each slot's token; N where the slot is padding."""
+    token_slot: np.ndarray
+    """(N,) the slot of each flat token."""
+    sources: np.ndarray
+    """(M,) flat positions of the hidden states that predict a target."""
+    targets: np.ndarray
+    """(M,) the ids that they should predict."""
+    weights: np.ndarray
+    """(M,) fp32: how many rows have this target here; 0 where it is padding."""
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are some row's, not padding."""
+        return int((self.slot_token < len(self.tokens)).sum())
+
+
+@dataclass(frozen=True)
+class Step:
+    """The micro-batches of one optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    """Longest first; where there is a shared prefix, only the last one holds it."""
+    prefix: np.ndarray
+    """(P,) the shared prefix where more than one micro-batch needs it, else empty."""
+    rows: int
+    tokens: int
+    """Tokens of the rows, as they are in the file."""
+    target_tokens: int
+
+
+def longest_common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """Leading tokens that all rows have in common."""
+    shortest = min(map(len, rows))
+    block = np.stack([row[:shortest] for row in rows])
+    same = (block == block[0]).all(axis=0)
+    return int(shortest if same.all() else same.argmin())
+
+
+def cut(
+    rows: Sequence[Row],
+    micro_batch_tokens: int,
+    *,
+    share_prefix: bool = True,
+    group_overhead: int = 20_000,
+) -> Step:
+    """Cut one optimizer step's rows into micro-batches of at most ``micro_batch_tokens``.
+
+    The sum of the micro-batches' losses and gradients does not depend on the cut. A row longer
+    than ``micro_batch_tokens`` has a micro-batch of its own.
+
+    Args:
+        rows: each with at least one target.
+        micro_batch_tokens: flat tokens that one pass may hold, the prefix included.
+        share_prefix: compute the longest common prefix once.
+        group_overhead: attention scores that one more attention group must save to be worth it.
+    """
+    prefix = 0
+    if share_prefix and len(rows) > 1:
+        # Each row keeps a token of its own, so that each micro-batch has a target.
+        shortest = min(row.inputs for row in rows) - 1
+        prefix = min(longest_common_prefix([row.tokens for row in rows]), shortest)
+        prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
+    longest_first = sorted(rows, key=lambda row: -row.inputs)
+    parts: list[list[Row]] = [[]]
+    room = micro_batch_tokens - prefix
+    for row in longest_first:
+        own = row.inputs - prefix
+        if parts[-1] and own > room:
+            parts.append([])
+            room = micro_batch_tokens - prefix
+        parts[-1].append(row)
+        room -= own
+    shared = rows[0].tokens[:prefix] if len(parts) > 1 else rows[0].tokens[:0]
+    return Step(
+        micro_batches=tuple(
+            lay_out(part, prefix, group_overhead, holds_prefix=rows if part is parts[-1] else None)
+            for part in parts
+        ),
+        prefix=shared.astype(np.int32),
+        rows=len(rows),
+        tokens=sum(len(row.tokens) for row in rows),
+        target_tokens=sum(int(row.loss_mask.sum()) for row in rows),
+    )
+
+
+def lay_out(
+    rows: Sequence[Row],
+    prefix: int,
+    group_overhead: int,
+    holds_prefix: Sequence[Row] | None,
+) -> MicroBatch:
+    """Lay rows, longest first, out as a micro-batch.
+
+    Args:
+        prefix: P, the tokens that all rows share at their front.
+        holds_prefix: None where the prefix is computed elsewhere; else the step's rows, whose
+            targets inside the prefix and right after it are counted here.
+    """
+    inside = prefix if holds_prefix is not None else 0
+    lengths = [row.inputs - prefix for row in rows]
+    starts = inside + np.cumsum([0, *lengths])
+    tokens = [rows[0].tokens[:inside]] + [row.tokens[prefix : row.inputs] for row in rows]
+    groups = group(lengths, prefix, group_overhead)
+    flat = int(starts[-1])
+
+    slot_token = [np.arange(inside, dtype=np.int32)]
+    first = 0
+    for count, longest in groups:
+        slots = np.full((count, longest), flat, np.int32)
+        for r in range(count):
+            length = lengths[first + r]
+            slots[r, :length] = np.arange(starts[first + r], starts[first + r] + length)
+        slot_token.append(slots.ravel())
+        first += count
+    slots_all = np.concatenate(slot_token)
+    used = np.flatnonzero(slots_all < flat)
+    token_slot = np.empty(flat, np.int32)
+    token_slot[slots_all[used]] = used
+
+    sources, targets, weights = _targets(rows, starts, prefix, holds_prefix)
+    return MicroBatch(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        prefix=inside,
+        past=prefix - inside,
+        groups=groups,
+        slot_token=slots_all,
+        token_slot=token_slot,
+        sources=sources,
+        targets=targets,
+        weights=weights,
+    )
+
+
+def _targets(
+    rows: Sequence[Row], starts: np.ndarray, prefix: int, holds_prefix: Sequence[Row] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sources, targets and weights; equal (source, target) pairs of the prefix count as one."""
+    sources, targets = [], []
+    for row, start in zip(rows, starts, strict=False):
+        at = np.flatnonzero(row.loss_mask)
+        at = at[at > prefix]
+        sources.append(start + at - 1 - prefix)
+        targets.append(row.tokens[at])
+    weights = np.ones(sum(map(len, sources)), np.float32)
+    if prefix and holds_prefix is not None:
+        pairs = [
+            (at - 1, int(row.tokens[at]))
+            for row in holds_prefix
+            for at in np.flatnonzero(row.loss_mask[: prefix + 1])
+        ]
+        if pairs:
+            unique, counts = np.unique(np.array(pairs), axis=0, return_counts=True)
+            sources.append(unique[:, 0])
+            targets.append(unique[:, 1])
+            weights = np.concatenate([weights, counts.astype(np.float32)])
+    return (
+        np.concatenate(sources).astype(np.int32),
+        np.concatenate(targets).astype(np.int32),
+        weights,
+    )
+
+
+def group(lengths: Sequence[int], prefix: int, overhead: int) -> tuple[tuple[int, int], ...]:
+    """Cut rows, longest first, into groups whose padded attention costs least.
+
+    A group of R rows, the longest of T tokens, computes ``R · T · (P + T)`` scores a head;
+    ``overhead`` is what one more group costs in the same unit.
+
+    Returns:
+        ``(R, T)`` of each group.
+    """
+    n = len(lengths)
+    t = np.asarray(lengths, np.int64)
+    area = t * (prefix + t)
+    best = np.zeros(n + 1, np.int64)  # best[i]: the least cost of rows i …
+    end = np.zeros(n, np.int64)
+    for i in range(n - 1, -1, -1):
+        costs = np.arange(1, n - i + 1) * area[i] + overhead + best[i + 1 :]
+        end[i] = i + 1 + costs.argmin()
+        best[i] = costs.min()
+    groups, i = [], 0
+    while i < n:
+        groups.append((int(end[i]) - i, int(t[i])))
+        i = int(end[i])
+    return tuple(groups)
