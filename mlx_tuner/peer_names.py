@@ -1,0 +1,112 @@
+"""What other trainers (PEFT, transformers, TRL, mlx-lm, torchtune) call the keys of a recipe."""
+
+RENAMED = {
+    "adapter_file": "lora.init_from",
+    "base_model": "model.path",
+    "base_model_name_or_path": "model.path",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "early_stop": "train.early_stopping_patience",
+    "eval_data": "data.valid",
+    "eval_dataset": "data.valid",
+    "eval_steps": "train.eval_every",
+    "grad_checkpoint": "train.gradient_checkpointing",
+    "grad_clip": "train.max_grad_norm",
+    "iterations": "train.max_steps",
+    "keys": "lora.target_modules",
+    "logging_steps": "train.log_every",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_layers": "lora.num_layers",
+    "lora_modules": "lora.target_modules",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_schedule",
+    "lr_scheduler_type": "train.lr_schedule",
+    "max_length": "data.max_seq_length",
+    "max_norm": "train.max_grad_norm",
+    "max_samples": "data.limit",
+    "max_seq_len": "data.max_seq_length",
+    "max_train_samples": "data.limit",
+    "model_id": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "num_epochs": "train.epochs",
+    "num_lora_layers": "lora.num_layers",
+    "num_train_epochs": "train.epochs",
+    "num_warmup_steps": "train.warmup_steps",
+    "patience": "train.early_stopping_patience",
+    "r": "lora.rank",
+    "random_seed": "train.seed",
+    "random_state": "train.seed",
+    "resume_adapter_file": "lora.init_from",
+    "save_steps": "train.save_every",
+    "scheduler": "train.lr_schedule",
+    "steps_per_eval": "train.eval_every",
+    "steps_per_report": "train.log_every",
+    "steps_per_save": "train.save_every",
+    "system": "data.system_prompt",
+    "test_size": "data.valid",
+    "train_data": "data.train",
+    "train_dataset": "data.train",
+    "train_file": "data.train",
+    "val_data": "data.valid",
+    "val_split": "data.valid",
+    "validation_file": "data.valid",
+    "warmup": "train.warmup_steps",
+    "wd": "train.weight_decay",
+}
+"""Names that stand for one of our keys with the same meaning."""
+
+_EFFECTIVE_BATCH = (
+    "`train.batch_size` is the rows of an optimizer step: "
+    "per_device_train_batch_size * gradient_accumulation_steps"
+)
+_MAX_STEPS = "write `train.max_steps` (optimizer steps, not forward passes) or `train.epochs`"
+_ADAM = "the optimizer is AdamW with β 0.9 0.999 and ε 1e-8; remove the key"
+_RUN_DIR = "the run directory is adapters/NAME; remove the key and use --run-dir"
+_ONLY_LORA = "LoRA is what is trained; remove the key"
+_PRECISION = (
+    "the model's own precision is used; remove the key, or `mlx-tune convert` the model first"
+)
+
+ANSWERED = {
+    "adam_beta1": _ADAM,
+    "adam_beta2": _ADAM,
+    "adam_epsilon": _ADAM,
+    "adapter_path": _RUN_DIR,
+    "assistant_only_loss": "write `data.mask_prompt`, which is true by default",
+    "bf16": _PRECISION,
+    "clear_cache_threshold": "memory is managed by itself; remove the key",
+    "completion_only_loss": "write `data.mask_prompt`, which is true by default",
+    "dtype": _PRECISION,
+    "effective_batch_size": _EFFECTIVE_BATCH,
+    "fine_tune_type": _ONLY_LORA,
+    "fp16": _PRECISION,
+    "global_batch_size": _EFFECTIVE_BATCH,
+    "grad_accumulation_steps": _EFFECTIVE_BATCH,
+    "gradient_accumulation_steps": _EFFECTIVE_BATCH,
+    "iters": _MAX_STEPS,
+    "load_in_4bit": _PRECISION,
+    "load_in_8bit": _PRECISION,
+    "micro_batch_size": "write `train.micro_batch_tokens`, the tokens of a forward pass",
+    "num_iters": _MAX_STEPS,
+    "num_iterations": _MAX_STEPS,
+    "optim": _ADAM,
+    "optimizer": _ADAM,
+    "output_dir": _RUN_DIR,
+    "per_device_train_batch_size": _EFFECTIVE_BATCH,
+    "run_dir": _RUN_DIR,
+    "scale": "scale is alpha / rank; write `lora.alpha` = scale * rank",
+    "scaling": "scale is alpha / rank; write `lora.alpha` = scale * rank",
+    "train_on_input": "write `data.mask_prompt`, which means the opposite",
+    "train_on_inputs": "write `data.mask_prompt`, which means the opposite",
+    "trust_remote_code": "code that comes with a model is never run; remove the key",
+    "use_dora": _ONLY_LORA,
+    "use_rslora": "scale is alpha / rank; write `lora.alpha` = alpha * sqrt(rank)",
+    "val_batches": "validation covers all of `data.valid`; remove the key",
+    "validation_split": "write `data.valid` as a fraction of the rows, such as 0.1",
+    "warmup_ratio": "write `train.warmup_steps`, a number of steps",
+}
+"""Names without a key of the same meaning here, and what to do instead."""
