@@ -27,6 +27,7 @@ _TEMPORARY = ".tmp-"
 _TRASH = ".trash-"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _CANNOT_SYNC = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
 
 
@@ -128,6 +129,27 @@ def staging(directory: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def filling(directory: Path) -> Iterator[Path]:
+    """A temporary folder in `directory`; each file put there then replaces its namesake.
+
+    Every file is whole at any time, though a crash may leave the first of them new and the last
+    old. They come in the order of their names.
+    """
+    temporary = directory / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    with _faults_named(directory):
+        try:
+            make_folder(temporary)
+            yield temporary
+            files = _files_below(temporary)
+            for path in files.values():
+                _sync(path)
+            for name, path in files.items():
+                _rename(path, directory / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def verify(directory: Path) -> list[str]:
     """What in `directory` does not match its manifest, a sentence each; empty if all of it does.
 
@@ -192,7 +214,7 @@ def sweep(directory: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def lock(path: Path, owner: str) -> int | None:
+def lock(path: Path, owner: str) -> int:
     """Hold `path` as a lock for as long as this process lives, or until the descriptor is closed.
 
     `owner` is written into the file for whoever comes second: who gets a `RunError` that quotes it.
@@ -201,20 +223,38 @@ def lock(path: Path, owner: str) -> int | None:
     with _faults_named(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = f"is in use by {_owner(descriptor)}; wait for it, or stop it"
+                raise RunError(Fault(str(path.parent), "", what)) from None
+            except OSError as error:
+                # Some network file systems have no locks; unique temporary names keep data whole.
+                if error.errno not in _NO_LOCKS:
+                    raise
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.encode("utf-8") + b"\n", 0)
+        except BaseException:
             os.close(descriptor)
-            what = f"in use by {holder or 'another process'}; wait for it, or stop it"
-            raise RunError(Fault(str(path.parent), "", what)) from None
-        except OSError as error:
-            # Some network file systems have no locks; unique temporary names still keep data whole.
-            if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-                os.close(descriptor)
-                raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode("utf-8") + b"\n", 0)
+            raise
         return descriptor
+
+
+def lock_holder(path: Path) -> str | None:
+    """What the live owner of a lock wrote into it; None if nobody holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _owner(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 # ---- the primitives: every byte, flush and rename goes through these ---------------------------
@@ -249,9 +289,15 @@ def _sync(path: Path) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Give `source` its final name, for good. Both are in the same folder."""
+    """Give `source` its final name, for good. Both are on the same volume."""
     source.replace(target)
     _sync(target.parent)
+
+
+def _owner(descriptor: int) -> str:
+    """What is written in an open lock file."""
+    text = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
+    return text or "another process"
 
 
 # ---- helpers -----------------------------------------------------------------------------------
@@ -288,3 +334,9 @@ def _faults_named(path: Path, size: int | None = None) -> Iterator[None]:
         amount = "" if size is None else f" {size:,} bytes"
         cause = error.strerror or str(error)
         raise RunError(Fault(str(path), "", f"cannot write{amount}: {cause}; {todo}")) from error
+    except RuntimeError as error:
+        # A write that fails inside MLX has no errno: "[write] Unable to write 3088 bytes to file."
+        if not str(error).startswith(("[write]", "[save")):
+            raise
+        what = f"cannot write: {error} Free some disk space, or check the permissions"
+        raise RunError(Fault(str(path), "", what)) from error
