@@ -1,0 +1,222 @@
+"""The one seam to the Hugging Face Hub: models and rows come in, checked, and results go out.
+
+Only files of known kinds are fetched, never code, and compared with the Hub's own sizes and hashes.
+Token, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the cache are left to huggingface-hub.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+from mlx_tuner.errors import DataError, Fault, ModelError, TunerError
+
+_MODEL_FILES = ("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_ROW_FILES = (".jsonl", ".json", ".jsonl.gz")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_NOT_ROWS = {"dataset_infos.json", "dataset_info.json"}
+_MAX_LISTED = 10
+
+
+def download_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a Hub model in the local cache, complete and as the Hub describes it.
+
+    Raises:
+        ModelError: there is no such model or revision, it may not be had, or it arrives damaged.
+    """
+    with _named(name, revision, ModelError):
+        info = _listing(name, "model", revision)
+        if info is None:
+            return _cached(name, "model", revision)
+        files = [f for f in info.siblings if _is_model_file(f.rfilename)]
+        if not any(f.rfilename.endswith(".safetensors") for f in files):
+            pickles = [f.rfilename for f in info.siblings if f.rfilename.endswith(_PICKLES)]
+            what = "has no model*.safetensors"
+            if pickles:
+                what = f"has only {pickles[0]}, which can run code when it is read"
+            raise ModelError(Fault(_where(name, revision), "", f"{what}; use safetensors weights"))
+        return _fetched(name, "model", revision, info, files)
+
+
+def download_dataset_file(name: str, revision: str | None = None) -> Path:
+    """One file of rows of a Hub dataset, `OWNER/NAME/FILE`, or `OWNER/NAME` where it has only one.
+
+    Raises:
+        DataError: there is no such dataset, file or revision, it may not be had, arrives damaged,
+            or there are several files to choose from (they are listed).
+    """
+    owner, _, rest = name.partition("/")
+    short, _, wanted = rest.partition("/")
+    repository = f"{owner}/{short}"
+    with _named(repository, revision, DataError):
+        info = _listing(repository, "dataset", revision)
+        if info is None:
+            folder = _cached(repository, "dataset", revision)
+            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+            return folder / _row_file(repository, names, wanted)
+        chosen = _row_file(repository, [f.rfilename for f in info.siblings], wanted)
+        files = [f for f in info.siblings if f.rfilename == chosen]
+        return _fetched(repository, "dataset", revision, info, files) / chosen
+
+
+def push(folder: Path, name: str, *, private: bool = True) -> str:
+    """Upload a folder as the Hub model `OWNER/NAME`, made if need be. Returns its address.
+
+    Raises:
+        ModelError: the token of the environment may not, or the Hub cannot be reached.
+    """
+    with _named(name, None, ModelError):
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload with mlx-tune")
+        return str(address)
+
+
+def check_token(name: str) -> None:
+    """Refuse early, before any work, where `push` to `name` cannot succeed for lack of a token."""
+    if get_token() is None:
+        what = "uploading needs a token; set HF_TOKEN to one that may write"
+        raise ModelError(Fault(name, "", what))
+
+
+def _is_model_file(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
+
+
+def _row_file(repository: str, names: list[str], wanted: str) -> str:
+    candidates = sorted(
+        n for n in names if n.endswith(_ROW_FILES) and n not in _NOT_ROWS and not n.startswith(".")
+    )
+    if wanted in names:
+        return wanted
+    if not wanted and len(candidates) == 1:
+        return candidates[0]
+    listed = ", ".join(candidates[:_MAX_LISTED]) + (" …" if len(candidates) > _MAX_LISTED else "")
+    if not candidates:
+        what = "has no .json, .jsonl or .jsonl.gz file"
+    elif wanted:
+        what = f"has no file {wanted}; choose from {listed}"
+    else:
+        what = f"has several files; name one as hub:{repository}/FILE: {listed}"
+    raise DataError(Fault(repository, "", what))
+
+
+def _listing(name: str, kind: str, revision: str | None) -> Any | None:
+    """The Hub's list of a repository's files, with sizes and hashes; None if it is out of reach."""
+    try:
+        return HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+    except hub_errors.HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+    except (hub_errors.OfflineModeIsEnabled, HTTPError):
+        pass
+    return None
+
+
+def _cached(name: str, kind: str, revision: str | None) -> Path:
+    # Which files make it complete is for the reader of the folder to say.
+    return Path(
+        snapshot_download(
+            name, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=[]
+        )
+    )
+
+
+def _fetched(name: str, kind: str, revision: str | None, info: Any, files: list[Any]) -> Path:
+    """The cache's folder with `files` in it, each downloaded a second time if it came damaged."""
+    fresh = not all(
+        isinstance(try_to_load_from_cache(name, f.rfilename, None, info.sha, kind), str)
+        for f in files
+    )
+    patterns = [glob.escape(f.rfilename) for f in files]
+    download = partial(
+        snapshot_download, name, repo_type=kind, revision=revision, allow_patterns=patterns
+    )
+    try:
+        folder = Path(download())
+    except HTTPError:
+        raise
+    except OSError:  # broken off, or of another size than announced
+        folder = Path(download())
+    if folder.name != info.sha:
+        raise OSError("it changed during the download")
+    # Hashing takes seconds a model, so only what may not have been hashed before is: a download
+    # that was interrupted leaves a file missing, and then all of them are looked at.
+    for file in files if fresh else []:
+        path = folder / file.rfilename
+        if not _is_intact(path, file):
+            hf_hub_download(
+                name, file.rfilename, repo_type=kind, revision=info.sha, force_download=True
+            )
+            if not _is_intact(path, file):
+                path.unlink()  # so that the next start downloads it again
+                raise OSError(f"{file.rfilename} arrived damaged twice")
+    return folder
+
+
+def _is_intact(path: Path, file: Any) -> bool:
+    """Whether a file has the Hub's size and hash (SHA-256 of a large file, else git's SHA-1)."""
+    size = path.stat().st_size
+    if file.lfs is not None:
+        digest, expected = hashlib.sha256(), file.lfs.sha256
+    else:
+        digest, expected = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), file.blob_id
+    if size != file.size:
+        return False
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == expected
+
+
+@contextmanager
+def _named(name: str, revision: str | None, kind: type[TunerError]) -> Iterator[None]:
+    """Turn huggingface-hub's errors into one line that names the repository and what to do.
+
+    Their own texts run over several lines and hold addresses, so they are not shown.
+    """
+    try:
+        yield
+        return
+    except TunerError:
+        raise
+    except hub_errors.GatedRepoError:
+        what = f"is gated; accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
+    except hub_errors.RevisionNotFoundError:
+        what = "has no such revision; give a branch, a tag or a commit"
+    except hub_errors.RepositoryNotFoundError:
+        what = "is not on the Hub, or is private; check the name, or set HF_TOKEN"
+    except hub_errors.EntryNotFoundError:
+        what = "not in the cache, and the Hub is out of reach; connect, or unset HF_HUB_OFFLINE"
+    except hub_errors.HFValidationError:
+        what = "is not a name of the form OWNER/NAME"
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = "set HF_TOKEN to a token that may" if status in (401, 403) else "try again later"
+        what = f"the Hub answered {status}; {hint}"
+    except HTTPError as error:
+        what = f"the Hub is out of reach ({type(error).__name__}); check the network"
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"download failed: {first_line}; try again"
+    raise kind(Fault(_where(name, revision), "", what))
+
+
+def _where(name: str, revision: str | None) -> str:
+    return name if revision is None else f"{name}@{revision}"
