@@ -13,7 +13,7 @@ S slots (N tokens and the padding of the groups), M targets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -56,11 +56,46 @@ class MicroBatch:
     """(M,) the ids that they should predict."""
     weights: np.ndarray
     """(M,) fp32: how many rows have this target here; 0 where it is padding."""
+    bucketed: bool = False
+    """Padded to a shape of a `ShapeTable`, and so worth compiling for."""
 
     @property
     def real_tokens(self) -> int:
         """Tokens that are some row's, not padding."""
         return int((self.slot_token < len(self.tokens)).sum())
+
+    @property
+    def shape(self) -> Shape:
+        """What a compiled graph depends on; of a micro-batch with one attention group.
+
+        A slot more than the longest row has, so that padding tokens have an empty one to share.
+        """
+        ((rows, longest),) = self.groups
+        return Shape(len(self.tokens), rows, longest + 1, len(self.sources), self.prefix, self.past)
+
+
+class Shape(NamedTuple):
+    """The sizes of a micro-batch that has one attention group."""
+
+    tokens: int
+    rows: int
+    longest: int
+    targets: int
+    prefix: int
+    past: int
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a micro-batch of the other shape can be padded to this one."""
+        return self[4:] == other[4:] and all(a >= b for a, b in zip(self, other, strict=True))
+
+    def rounded_up(self) -> Shape:
+        """Each size up to a multiple of a sixteenth of its power of two: 3 % more on average."""
+        return Shape(*map(_round_up, self[:4]), *self[4:])
+
+
+def _round_up(size: int) -> int:
+    unit = 1 << max(0, size.bit_length() - 5)
+    return -(-size // unit) * unit
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,61 @@ class Step:
     target_tokens: int
 
 
+class ShapeTable:
+    """At most ``limit`` shapes for the micro-batches of a run to be padded to.
+
+    Each distinct shape is compiled once and keeps its graph; a run with as many shapes as steps
+    would compile without end and exhaust Metal's resources.
+    """
+
+    FINE = 1.1
+    """Tokens more than needed for which a known shape is taken without making a new one."""
+    COARSE = 1.5
+    """… and for which it is still taken where the table is full."""
+
+    def __init__(self, limit: int = 16) -> None:
+        self.limit = limit
+        self.shapes: list[Shape] = []
+
+    def fit(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch padded to a shape of the table, or as it is where none will do."""
+        need = batch.shape
+        fitting = [shape for shape in self.shapes if shape.holds(need)]
+        best = min(fitting, key=lambda shape: shape.tokens, default=None)
+        if best is None or best.tokens > self.FINE * need.tokens:
+            if len(self.shapes) < self.limit:
+                best = need.rounded_up()
+                self.shapes.append(best)
+            elif best is None or best.tokens > self.COARSE * need.tokens:
+                return batch
+        return pad(batch, best)
+
+
+def pad(batch: MicroBatch, shape: Shape) -> MicroBatch:
+    """The same micro-batch in a larger shape; no padding is attended to or has a target."""
+    flat, ((rows, longest),) = len(batch.tokens), batch.groups
+    slots = np.full((shape.rows, shape.longest), flat, np.int32)
+    slots[:rows, :longest] = batch.slot_token[batch.prefix :].reshape(rows, longest)
+    slot_token = np.concatenate([batch.slot_token[: batch.prefix], slots.ravel()])
+    used = np.flatnonzero(slot_token < flat)
+    # Padding tokens share an empty slot: zero goes in, nothing real comes out of it.
+    token_slot = np.full(shape.tokens, batch.prefix + longest, np.int32)
+    token_slot[slot_token[used]] = used
+    slot_token[slot_token == flat] = shape.tokens
+    more = (0, shape.targets - len(batch.targets))
+    return replace(
+        batch,
+        tokens=np.pad(batch.tokens, (0, shape.tokens - flat)),
+        groups=((shape.rows, shape.longest),),
+        slot_token=slot_token,
+        token_slot=token_slot,
+        sources=np.pad(batch.sources, more),
+        targets=np.pad(batch.targets, more),
+        weights=np.pad(batch.weights, more),
+        bucketed=True,
+    )
+
+
 def longest_common_prefix(rows: Sequence[np.ndarray]) -> int:
     """Leading tokens that all rows have in common."""
     shortest = min(map(len, rows))
@@ -90,6 +180,7 @@ def cut(
     micro_batch_tokens: int,
     *,
     share_prefix: bool = True,
+    prefix_unit: int = 1,
     group_overhead: int = 20_000,
 ) -> Step:
     """Cut one optimizer step's rows into micro-batches of at most ``micro_batch_tokens``.
@@ -101,6 +192,7 @@ def cut(
         rows: each with at least one target.
         micro_batch_tokens: flat tokens that one pass may hold, the prefix included.
         share_prefix: compute the longest common prefix once.
+        prefix_unit: share a multiple of this many tokens, so that there are few shapes.
         group_overhead: attention scores that one more attention group must save to be worth it.
     """
     prefix = 0
@@ -108,7 +200,7 @@ def cut(
         # Each row keeps a token of its own, so that each micro-batch has a target.
         shortest = min(row.inputs for row in rows) - 1
         prefix = min(longest_common_prefix([row.tokens for row in rows]), shortest)
-        prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
+        prefix = prefix // prefix_unit * prefix_unit if prefix >= MIN_SHARED_PREFIX else 0
     longest_first = sorted(rows, key=lambda row: -row.inputs)
     parts: list[list[Row]] = [[]]
     room = micro_batch_tokens - prefix

@@ -116,7 +116,7 @@ def _block(
     x: mx.array,
     *past: mx.array,
 ) -> tuple[mx.array, ...]:
-    """(N, D) to (N, D), or to (M, D) where ``sources`` are given; then the prefix's keys, values."""
+    """(N, D) to (N, D), or to (M, D) with ``sources``; then the prefix's keys and values."""
     attention = block.self_attn
     q, k, v = (slots.fill(y) for y in _project(attention, block.input_layernorm(x)))
     prefix, *groups = zip(*(_split(y, layout) for y in (q, k, v)), strict=True)
@@ -132,7 +132,9 @@ def _block(
             q, k = attention.rope(q, offset=offset), attention.rope(k, offset=offset)
             if past:
                 k, v = (_after(a, b) for a, b in zip(past, (k, v), strict=True))
-            outputs.append(_join_heads(_attend(attention, q, k, v)).reshape(shape[0] * shape[1], -1))
+            outputs.append(
+                _join_heads(_attend(attention, q, k, v)).reshape(shape[0] * shape[1], -1)
+            )
     out = mx.concatenate(outputs)
     if sources is None:
         out = slots.gather(out)
@@ -256,7 +258,7 @@ def _cuts(length: int, parts: int) -> list[int]:
 
 
 def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` with only its inputs kept for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    """``run`` that keeps only its inputs for the backward pass (Chen 2016, arXiv:1604.06174)."""
 
     def inner(parameters: dict[str, mx.array], *args: Any) -> Any:
         module.update(tree_unflatten(list(parameters.items())))
@@ -267,14 +269,14 @@ def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., A
 
 
 def _padded_hidden(model: nn.Module, layout: Layout, *, checkpointing: bool) -> mx.array:
-    """Hidden states (M, D) of a family that mlx-lm alone knows how to run, one padded group each."""
+    """Hidden states (M, D) of a family that only mlx-lm knows how to run, a group a pass."""
     language = getattr(model, "language_model", model)
     tokens = Slots(layout.slot_token, layout.token_slot).fill(layout.tokens[:, None])[:, 0]
     states = []
     with _checkpointed_blocks(language.model, checkpointing):
         for part, shape in zip(_split(tokens, layout)[1:], layout.groups, strict=True):
             out = language.model(part.reshape(shape))
-            states.append(out.reshape(shape[0] * shape[1], -1))
+            states.append(out.flatten(0, 1))
     return mx.concatenate(states)[layout.token_slot[layout.sources]]
 
 

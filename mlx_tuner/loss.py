@@ -64,22 +64,22 @@ def _chunk_loss(
     with mx.stream(lane):
         loss, error = _softmax_loss(logits.astype(mx.float32), targets, weights)
         error = error.astype(hidden.dtype)
-    return loss, _times_weight(head, error)
+    return loss, weights[:, None].astype(hidden.dtype) * _times_weight(head, error)
 
 
 def _softmax_loss(
     logits: mx.array, targets: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The weighted loss of (n, V) logits and its gradient (n, V) with respect to them."""
+    """The weighted loss of (n, V) logits, and softmax less one-hot (n, V), still unweighted."""
     p = mx.softmax(logits, axis=-1)
     # logsumexp(z) = z_j − log p_j for any j; the largest p_j loses nothing to rounding.
     best = mx.argmax(logits, axis=-1, keepdims=True)
     logsumexp = _pick(logits, best) - mx.log(_pick(p, best))
     targets = targets[:, None]
     loss = (weights * (logsumexp - _pick(logits, targets))).sum()
-    # dL/dz = w (p − onehot), with the one subtracted before any rounding to 16 bits.
+    # The one is subtracted before any rounding to 16 bits.
     error = mx.put_along_axis(p, targets, mx.take_along_axis(p, targets, -1) - 1, axis=-1)
-    return loss, weights[:, None] * error
+    return loss, error
 
 
 def _pick(values: mx.array, index: mx.array) -> mx.array:
@@ -87,9 +87,10 @@ def _pick(values: mx.array, index: mx.array) -> mx.array:
 
 
 def _chunks(total: int, vocabulary: int) -> list[tuple[int, int, mx.Stream]]:
-    """``(start, length, stream)`` of each chunk, over the lanes in turn."""
+    """``(start, length, stream)`` of chunks of like length, over the lanes in turn."""
     streams = lanes()
-    size = max(MIN_CHUNK, CHUNK_BYTES // (4 * vocabulary) // len(streams))
+    most = max(MIN_CHUNK, CHUNK_BYTES // (4 * vocabulary) // len(streams))
+    size = -(-total // -(-total // most))
     return [
         (start, min(size, total - start), streams[i % len(streams)])
         for i, start in enumerate(range(0, total, size))

@@ -20,7 +20,15 @@ BUILTIN = "builtin:"
 
 # Whatever a folder's config.json says, only these model classes are ever imported.
 MODEL_TYPES = frozenset(
-    "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_moe qwen3_5_text".split()
+    {
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_moe",
+        "qwen3_next",
+    }
 )
 
 
@@ -90,7 +98,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
         found = config.get("model_type") if isinstance(config, dict) else None
         raise ModelError(
-            Fault(str(path), "model_type", f"{found!r} is not one of {', '.join(sorted(MODEL_TYPES))}")
+            Fault(
+                str(path), "model_type", f"{found!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
+            )
         )
     return config
 
