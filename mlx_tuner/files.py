@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -96,6 +97,7 @@ def sync(path: Path) -> None:
     """Put what was appended to `path` on the disk."""
     with _faults_named(path):
         _sync(path)
+        _sync(path.parent)
 
 
 # ---- a folder ----------------------------------------------------------------------------------
@@ -191,27 +193,29 @@ def sha256(path: Path) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and the folders above it that are not there yet."""
+    """Make `path` and the folders above it that are not there yet, for good."""
     with _faults_named(path):
-        path.mkdir(parents=True, exist_ok=True)
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            _sync(folder.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
-def remove(directory: Path) -> None:
-    """Remove a folder with all it holds: at once by name, then its content."""
-    trash = directory.with_name(f"{_TRASH}{uuid.uuid4().hex}")
-    with _faults_named(directory):
-        _rename(directory, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all it holds: its name goes at once, then the content."""
+    trash = path.with_name(f"{_TRASH}{uuid.uuid4().hex}")
+    with _faults_named(path):
+        _rename(path, trash)
+    _discard(trash)
 
 
 def sweep(directory: Path) -> None:
     """Remove what killed writers left in `directory`. Only for the holder of the folder's lock."""
     for path in directory.iterdir():
         if path.name.startswith((_TEMPORARY, _TRASH)):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _discard(path)
 
 
 def lock(path: Path, owner: str) -> int:
@@ -290,17 +294,29 @@ def _sync(path: Path) -> None:
 
 def _rename(source: Path, target: Path) -> None:
     """Give `source` its final name, for good. Both are on the same volume."""
-    source.replace(target)
+    os.replace(source, target)  # noqa: PTH105 - beside os.write and os.fsync, in one style
     _sync(target.parent)
 
 
 def _owner(descriptor: int) -> str:
     """What is written in an open lock file."""
-    text = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
-    return text or "another process"
+    for _ in range(20):
+        if text := os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip():
+            return text
+        time.sleep(0.01)  # the owner got the lock a moment ago, and is about to write
+    return "another process"
 
 
 # ---- helpers -----------------------------------------------------------------------------------
+
+
+def _discard(path: Path) -> None:
+    """Delete what already counts as gone; what cannot be deleted is left to the next `sweep`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _files_below(directory: Path) -> dict[str, Path]:
