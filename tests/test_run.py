@@ -1,0 +1,342 @@
+"""run.py: one process a run, nothing lost, nothing overwritten unasked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_tuner import files
+from mlx_tuner.errors import RunError, UsageError
+from mlx_tuner.metrics import EvalRecord, TrainRecord
+from mlx_tuner.run import Run, is_run, is_running, newest_checkpoint, read_records, read_summary
+
+RECIPE = "[model]\npath = 'builtin:tiny-qwen'\n"
+
+
+def train_record(step: int) -> TrainRecord:
+    return TrainRecord(step, step / 10, 1 / step, 0.5, 1e-4, 2.0, 300.0, 100 * step, 1.0, 3.0)
+
+
+def writer(text: str):
+    """Stands in for adapter and optimizer files."""
+
+    def write(folder: Path) -> None:
+        (folder / "adapters.safetensors").write_text(text)
+        (folder / "adapter_config.json").write_text("{}")
+
+    return write
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_new_run_keeps_its_recipe_and_its_metrics(tmp_path):
+    with Run.create(tmp_path / "adapters" / "first", RECIPE) as run:
+        run.append(EvalRecord(0, 0.0, 2.0))
+        run.append(train_record(10))
+    assert (run.path / "recipe.toml").read_text() == RECIPE
+    assert read_records(run.path) == [EvalRecord(0, 0.0, 2.0), train_record(10)]
+    assert read_summary(run.path) is None
+    assert is_run(run.path)
+
+
+def test_an_earlier_run_is_not_replaced_unasked_and_both_ways_out_are_named(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.append(train_record(1))
+    before = content(run.path)
+    with pytest.raises(UsageError, match=r"--resume.*--overwrite") as caught:
+        Run.create(tmp_path / "run", "new")
+    assert caught.value.exit_code == 2
+    del before[".lock"]
+    after = content(run.path)
+    del after[".lock"]
+    assert after == before
+    Run.create(tmp_path / "empty", RECIPE).close()
+
+
+def test_overwriting_removes_the_run_and_leaves_what_is_not_ours(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.append(train_record(1))
+        run.save_checkpoint(1, writer("old"), {})
+        run.publish(writer("old"))
+        (run.path / "loss.png").write_text("old")
+        (run.path / "notes.txt").write_text("mine")
+    Run.create(tmp_path / "run", "new", overwrite=True).close()
+    left = content(run.path)
+    del left[".lock"]
+    assert left == {"recipe.toml": b"new", "notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "recipe.toml").write_text("the user's own")
+    with pytest.raises(UsageError, match="not a run"):
+        Run.create(tmp_path, RECIPE, overwrite=overwrite)
+    assert content(tmp_path) == {"recipe.toml": b"the user's own"}
+
+
+def test_a_run_is_not_written_into_models_or_data(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "file").write_text("x")
+    for place in (model, model / "runs" / "first", tmp_path / "link" / "first"):
+        with pytest.raises(UsageError, match=f"is where {model} is"):
+            Run.create(place, RECIPE, overwrite=True, keep_out_of=[model])
+    with pytest.raises(UsageError, match="is not a folder"):
+        Run.create(tmp_path / "file", RECIPE)
+    assert list(model.iterdir()) == []
+    Run.create(tmp_path / "model-2", RECIPE, keep_out_of=[model]).close()
+
+
+def test_a_second_run_in_the_same_place_is_told_pid_and_start(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        for start in (
+            lambda: Run.create(run.path, "new", overwrite=True),
+            lambda: Run.resume(run.path),
+        ):
+            with pytest.raises(
+                RunError, match=rf"in use by process {os.getpid()}, started 20"
+            ) as e:
+                start()
+            assert e.value.exit_code == 1
+        assert is_running(run.path)
+    assert not is_running(run.path)
+    assert (run.path / "recipe.toml").read_text() == RECIPE
+
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from mlx_tuner.errors import TunerError
+from mlx_tuner.run import Run
+sys.stdin.readline()
+try:
+    Run.create(Path(sys.argv[1]), "recipe")
+except TunerError as error:
+    print(error)
+    sys.exit(error.exit_code)
+print("running", flush=True)
+time.sleep(60)
+"""
+
+
+def test_of_many_starts_at_once_one_runs_and_a_kill_frees_the_run(tmp_path):
+    command = [sys.executable, "-c", STARTER, str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    starts = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(12)]
+    try:
+        for start in starts:
+            start.stdin.write("go\n")
+            start.stdin.close()
+        winner = None
+        deadline = time.monotonic() + 30
+        while sum(s.poll() is not None for s in starts) < 11 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (winner,) = [start for start in starts if start.poll() is None]
+        losers = [start for start in starts if start is not winner]
+        assert [start.returncode for start in losers] == [1] * 11
+        for start in losers:
+            assert f"in use by process {winner.pid}," in start.stdout.read()
+        winner.send_signal(signal.SIGKILL)
+        winner.wait()
+        Run.create(tmp_path / "run", "new", overwrite=True).close()
+    finally:
+        for start in starts:
+            start.kill()
+            start.wait()
+            start.stdout.close()
+
+
+def test_a_checkpoint_has_all_files_a_state_and_a_manifest_and_verifies(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.append(train_record(10))
+        path = run.save_checkpoint(10, writer("ten"), {"epoch": 0.8, "seed": 42})
+    assert path.name == "step-00000010"
+    assert sorted(content(path)) == [
+        "MANIFEST.json",
+        "adapter_config.json",
+        "adapters.safetensors",
+        "state.json",
+    ]
+    size = (run.path / "metrics.jsonl").stat().st_size
+    state = {"step": 10, "metrics_bytes": size, "epoch": 0.8, "seed": 42}
+    assert json.loads((path / "state.json").read_text()) == state
+    checkpoint, rejected = newest_checkpoint(run.path)
+    assert (checkpoint.path, checkpoint.step, checkpoint.state) == (path, 10, state)
+    assert rejected == []
+
+
+def test_the_two_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        for step in range(10, 70, 10):
+            run.save_checkpoint(step, writer(str(step)), {}, best_step=20)
+    assert checkpoints(run.path) == ["step-00000020", "step-00000050", "step-00000060"]
+
+
+def test_saving_the_same_step_twice_writes_it_once(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.save_checkpoint(10, writer("a"), {})
+        run.save_checkpoint(10, writer("b"), {})
+    assert (run.path / "checkpoints/step-00000010/adapters.safetensors").read_text() == "a"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path):
+    def full_disk(folder: Path) -> None:
+        (folder / "adapters.safetensors").write_text("half")
+        raise RuntimeError("[write] Unable to write 100 bytes to file.")
+
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.save_checkpoint(10, writer("ten"), {})
+        run.save_checkpoint(20, writer("twenty"), {})
+        with pytest.raises(RunError, match="step-00000030"):
+            run.save_checkpoint(30, full_disk, {})
+    assert checkpoints(run.path) == ["step-00000010", "step-00000020"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said_so(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        for step in (10, 20):
+            run.save_checkpoint(step, writer(str(step)), {})
+    (run.path / "checkpoints/step-00000020/adapters.safetensors").write_text("damaged")
+    resumed, checkpoint = Run.resume(run.path)
+    assert checkpoint.step == 10
+    assert checkpoint.rejected == (
+        "step-00000020 is not used: adapters.safetensors: not the content that was written",
+    )
+    # What is saved from here on must not be pruned in favour of the damaged one.
+    with resumed:
+        resumed.save_checkpoint(15, writer("15"), {})
+    assert checkpoints(run.path) == ["step-00000010", "step-00000015"]
+
+
+def test_resuming_without_any_good_checkpoint_says_why_each_was_rejected(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        for step in (10, 20):
+            run.save_checkpoint(step, writer(str(step)), {})
+    (run.path / "checkpoints/step-00000010/state.json").unlink()
+    (run.path / "checkpoints/step-00000020/MANIFEST.json").unlink()
+    before = content(run.path / "checkpoints")
+    with pytest.raises(RunError) as caught:
+        Run.resume(run.path)
+    assert caught.value.exit_code == 1
+    message = str(caught.value)
+    assert "step-00000010 is not used: state.json: missing" in message
+    assert "step-00000020 is not used: MANIFEST.json: No such file or directory" in message
+    assert content(run.path / "checkpoints") == before
+    assert not is_running(run.path)
+
+
+def test_resuming_where_there_is_no_run_touches_nothing(tmp_path):
+    with pytest.raises(RunError, match="no run to resume"):
+        Run.resume(tmp_path)
+    assert content(tmp_path) == {}
+
+
+def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.append(train_record(10))
+        run.save_checkpoint(10, writer("ten"), {})
+        run.append(train_record(20))
+        run.append(train_record(30))
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"event": "train", "st')  # killed in the middle of a line
+    (run.path / "checkpoints" / ".tmp-1").mkdir()
+    (run.path / ".tmp-2.json").write_text("half")
+    resumed, checkpoint = Run.resume(run.path)
+    with resumed:
+        assert checkpoint.step == 10
+        resumed.append(train_record(20))
+    assert read_records(run.path) == [train_record(10), train_record(20)]
+    set_aside = (run.path / "metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in set_aside] == [20, 30]
+    assert not list(run.path.rglob(".tmp-*"))
+
+
+def test_a_torn_last_line_is_not_a_record_and_a_broken_one_is_an_error(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.append(train_record(10))
+    path = run.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for size in range(len(whole), 2 * len(whole)):
+        path.write_bytes((whole + whole)[:size])
+        assert read_records(run.path) == [train_record(10)]
+    path.write_bytes(whole + b"nonsense\n" + whole + b"[]\n" + b'{"event": "eval"}\n')
+    with pytest.raises(RunError) as caught:
+        read_records(run.path)
+    assert [fault.where for fault in caught.value.faults] == [f"{path}:{n}" for n in (2, 4, 5)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"recipe": 3}', "[" * 100_000, "\ud800"])
+def test_a_summary_that_is_none_is_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "summary.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(RunError, match=r"summary\.json: is not the summary of a run"):
+        read_summary(tmp_path)
+
+
+def test_published_adapters_replace_the_pair_at_the_root(tmp_path):
+    with Run.create(tmp_path / "run", RECIPE) as run:
+        run.publish(writer("first"))
+        run.publish(writer("better"))
+    assert (run.path / "adapters.safetensors").read_text() == "better"
+    assert (run.path / "adapter_config.json").read_text() == "{}"
+    assert not list(run.path.glob(".tmp-*"))
+
+
+SAVER = """
+import sys
+from pathlib import Path
+from mlx_tuner.metrics import EvalRecord
+from mlx_tuner.run import Run
+def write(folder):
+    (folder / "adapters.safetensors").write_bytes(bytes(300_000))
+path = Path(sys.argv[1])
+if (path / "checkpoints").exists():
+    run, checkpoint = Run.resume(path)
+    step = checkpoint.step
+else:
+    run, step = Run.create(path, "recipe", overwrite=True), 0
+print("started", flush=True)
+while True:
+    step += 1
+    run.append(EvalRecord(step, 0.5, 1.0))
+    run.save_checkpoint(step, write, {})
+    run.publish(write)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_resumes_at_a_checkpoint_that_verifies(tmp_path):
+    path = tmp_path / "run"
+    command = [sys.executable, "-c", SAVER, str(path)]
+    reached = 0
+    for kill in range(20):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(0.06 + 0.0037 * kill)
+            process.kill()
+        checkpoint, rejected = newest_checkpoint(path)
+        assert rejected == []
+        assert checkpoint.step >= reached
+        reached = checkpoint.step
+        assert files.sha256(path / "adapters.safetensors") == files.sha256(
+            checkpoint.path / "adapters.safetensors"
+        )
+        steps = [record.step for record in read_records(path)]
+        assert steps == list(range(1, len(steps) + 1))
+        assert reached <= len(steps) <= reached + 1
+    assert reached >= 20
