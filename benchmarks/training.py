@@ -1,0 +1,222 @@
+"""Our training step against mlx-lm's own, on the same rows, turn by turn.
+
+    python benchmarks/training.py                 # Qwen2.5-0.5B shape, 8 rows a step
+    python benchmarks/training.py --scaling       # ours alone, 8 and 128 rows a step
+
+Random weights of a real shape, the real tokenizer and CodeAlpaca rows from ../shared. mlx-lm is
+its trainer's own loss, batches and compiled step. Each trainer runs in a process of its own,
+and runs what it compiles once before it is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import child, interleave, options, report, save, table
+
+from mlx_tuner.batching import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+RANK, SCALE, LEARNING_RATE = 8, 2.0, 1e-4
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--one", choices=["ours", "mlx-lm"], help="measure one turn, here")
+    parser.add_argument("--shape", default="0.5B", choices=["0.5B", "1.5B"])
+    parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rows", type=int, default=8, help="rows a step")
+    parser.add_argument("--steps", type=int, default=3, help="steps a turn")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument("--compile", action="store_true", help="compile ours, as on a GPU")
+    parser.add_argument("--scaling", action="store_true", help="ours at --rows and 16 times that")
+    args = parser.parse_args()
+    if args.one:
+        measure = ours if args.one == "ours" else mlx_lm
+        report(**measure(args, load_rows(args.rows * args.steps)))
+        return
+
+    keys = ("shape", "layers", "dtype", "rows", "steps", "micro_batch_tokens", "compile")
+    settings = {key: getattr(args, key) for key in keys}
+
+    def variant(name: str, **changes: Any) -> Any:
+        flags = []
+        for key, value in {**settings, **changes}.items():
+            if value is True:
+                flags.append(f"--{key}")
+            elif value:
+                flags += [f"--{key.replace('_', '-')}", str(value)]
+        return child("--one", name, *flags)
+
+    if args.scaling:
+        # The same rows at both sizes, so that only how many a step takes differs.
+        rows = 16 * args.rows
+        variants = {
+            f"{args.rows} rows a step": variant("ours", steps=16, micro_batch_tokens=512),
+            f"{rows} rows a step": variant("ours", rows=rows, steps=1, micro_batch_tokens=512),
+        }
+        baseline = f"{args.rows} rows a step"
+    else:
+        variants = {"ours": variant("ours"), "mlx-lm": variant("mlx-lm")}
+        baseline = "mlx-lm"
+    runs = interleave(variants, repeats=args.repeats, on_result=lambda *turn: print(*turn))
+    print(table(runs, baseline=baseline))
+    name = args.name or ("training-scaling" if args.scaling else "training")
+    print(save(name, runs, baseline=baseline, settings=settings))
+
+
+def load_rows(count: int) -> list[Row]:
+    """The first CodeAlpaca rows, tokenised and masked as a recipe would have them."""
+    import tempfile
+
+    from mlx_tuner.encode import Encoder
+    from mlx_tuner.model import load_tokenizer
+    from mlx_tuner.rows import parse_row
+
+    with tempfile.TemporaryDirectory() as folder:
+        for file in (SHARED / "qwen2.5-coder").iterdir():
+            name = "config.json" if file.name == "config-0.5B.json" else file.name
+            (Path(folder) / name).symlink_to(file)
+        tokenizer = load_tokenizer(Path(folder))
+    encoder = Encoder(
+        tokenizer,
+        mask_prompt=True,
+        max_seq_length=2048,
+        system_prompt=None,
+        on_long_row="truncate",
+    )
+    with (SHARED / "codealpaca" / "train.jsonl").open("rb") as file:
+        raw = [line for line, _ in zip(file, range(count), strict=False)]
+    rows = [parse_row(line, where=f"train.jsonl:{i}") for i, line in enumerate(raw, 1)]
+    return [Row(encoded.tokens, encoded.loss_mask) for encoded in encoder.encode(rows)]
+
+
+def random_model(args: Any) -> Any:
+    """A model of the real shape with random weights, evaluated."""
+    import mlx.core as mx
+
+    from mlx_tuner.model import skeleton
+
+    config = json.loads((SHARED / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
+    config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
+    mx.random.seed(0)
+    model = skeleton(config)
+    model.set_dtype(getattr(mx, args.dtype))
+    mx.eval(model.parameters())
+    return model
+
+
+def ours(args: Any, rows: list[Row]) -> dict[str, float]:
+    """One turn of our trainer."""
+    import mlx.core as mx
+
+    from mlx_tuner import lora
+    from mlx_tuner.trainer import Trainer, train
+
+    model = random_model(args)
+    lora.attach(model, rank=RANK, scale=SCALE, target_modules=TARGETS)
+    mx.eval(model.parameters())
+    trainer = Trainer(model, micro_batch_tokens=args.micro_batch_tokens, compile=args.compile)
+    batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
+    warm_up = batches if args.compile else batches[:1]
+    rates = [LEARNING_RATE] * len(batches)
+    list(train(trainer, warm_up, rates))
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    results = list(train(trainer, batches, rates))
+    seconds = time.perf_counter() - start
+
+    steps = [trainer.cut(batch) for batch in batches]
+    micro_batches = [m for step in steps for m in step.micro_batches]
+    processed = sum(len(m.tokens) for m in micro_batches) + sum(len(s.prefix) for s in steps)
+    tokens, targets = sum(s.tokens for s in steps), sum(s.target_tokens for s in steps)
+    saved = sum((step.rows - 1) * step.micro_batches[-1].prefix for step in steps)
+    updating = sum(result.seconds for result in results) - cutting(trainer, batches)
+    return {
+        "samples_per_second": len(rows) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "processed_per_token": processed / tokens,
+        "processed_per_token_unshared": (processed + saved) / tokens,
+        "head_positions_per_target": sum(len(m.sources) for m in micro_batches) / targets,
+        "outside_the_step": 1 - updating / seconds,
+        "loss": results[-1].loss,
+    }
+
+
+def cutting(trainer: Any, batches: list[list[Row]]) -> float:
+    """Seconds that cutting the batches takes."""
+    start = time.perf_counter()
+    for batch in batches:
+        trainer.cut(batch)
+    return time.perf_counter() - start
+
+
+def mlx_lm(args: Any, rows: list[Row]) -> dict[str, float]:
+    """One turn of mlx-lm's trainer: its loss, its batches, its step."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import default_loss, iterate_batches
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model = random_model(args)
+    model.freeze()
+    keys = [f"self_attn.{name}" for name in TARGETS]
+    config = {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, len(model.layers), config)
+    model.train()
+    optimizer = optim.AdamW(LEARNING_RATE)
+    value_and_grad = nn.value_and_grad(model, default_loss)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        (loss, tokens), gradient = value_and_grad(model, batch, lengths)
+        optimizer.update(model, gradient)
+        return loss, tokens
+
+    mx.eval(state)
+
+    def batch(first: int) -> tuple[mx.array, mx.array]:
+        pairs = [
+            (row.tokens.tolist(), int(row.loss_mask.argmax()))
+            for row in rows[first : first + args.rows]
+        ]
+        return next(iterate_batches(pairs, args.rows, 2048))
+
+    starts = range(0, len(rows), args.rows)
+    for first in starts:  # each of its shapes is compiled once
+        mx.eval(step(*batch(first)), state)
+    mx.reset_peak_memory()
+    processed, loss, start = 0, 0.0, time.perf_counter()
+    for first in starts:
+        inputs, lengths = batch(first)
+        processed += inputs.size
+        loss, tokens = step(inputs, lengths)
+        mx.eval(state, loss, tokens)
+        mx.clear_cache()  # as its trainer does after each step
+    seconds = time.perf_counter() - start
+
+    tokens, targets = (
+        sum(map(f, rows)) for f in (lambda r: len(r.tokens), lambda r: r.loss_mask.sum())
+    )
+    return {
+        "samples_per_second": len(rows) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "processed_per_token": processed / tokens,
+        "head_positions_per_target": processed / float(targets),
+        "loss": loss.item(),
+    }
+
+
+if __name__ == "__main__":
+    main()
