@@ -151,7 +151,9 @@ def _no_number(text: str) -> float:
 
 def _checked(header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
     """Every tensor within its bounds, and the tensors side by side over all of the data."""
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null where it has none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _Lie("__metadata__", "must be a table of texts")
     for text in (*header, *metadata, *metadata.values()):
