@@ -101,7 +101,7 @@ class Encoder:
         """
         cuts = self._cut(rows)
         ids = self._text_encoder.encode({text for cut in cuts for text in cut.pieces[::2]})
-        return [self._join(cut, ids) for cut in cuts]
+        return [self._encoded(cut, ids) for cut in cuts]
 
     # --- Row -> pieces --------------------------------------------------------------------------
 
@@ -169,36 +169,43 @@ class Encoder:
 
     # --- Pieces -> tokens -----------------------------------------------------------------------
 
-    def _join(self, cut: _Cut, ids: dict[str, list[int]]) -> Encoded:
+    def _tokens(
+        self, cut: _Cut, ids: dict[str, list[int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The row's tokens, and where each assistant's turn begins and ends among them."""
         tokens: list[int] = []
-        spans: list[tuple[int, int]] = []
-        first_target: int | None = None
+        turns: list[tuple[int, int]] = []
+        start: int | None = None
         for i, piece in enumerate(cut.pieces):
             if i % 2 == 0:
                 tokens += ids[piece]
                 continue
             tokens.append(self._ids[piece])
-            if piece == START and (turn := cut.pieces[i + 1]).startswith(HEADER):
-                first_target = len(tokens) + self._header_length(turn, ids[turn])
-            elif piece == END and first_target is not None:
-                spans.append((first_target, len(tokens)))
-                first_target = None
+            if piece == START and (text := cut.pieces[i + 1]).startswith(HEADER):
+                start = len(tokens) + self._header_length(text, ids[text])
+            elif piece == END and start is not None:
+                turns.append((start, len(tokens)))
+                start = None
+        return tokens, turns
+
+    def _encoded(self, cut: _Cut, ids: dict[str, list[int]]) -> Encoded:
+        tokens, spans = self._tokens(cut, ids)
         if not (cut.is_chat and self._mask_prompt):
             spans = [(1, len(tokens))]
-
-        length, problem = len(tokens), cut.problem
-        loss_mask = np.zeros(length, np.bool_)
+        loss_mask = np.zeros(len(tokens), np.bool_)
         for start, stop in spans:
-            loss_mask[max(start, 1) : stop] = True
-        excess = max(length - self._max_seq_length, 0)
+            loss_mask[start:stop] = True
+
+        length, limit, problem = len(tokens), self._max_seq_length, cut.problem
+        excess = max(length - limit, 0)
         if excess and self._on_long_row != "truncate":
-            problem = f"{length} tokens, more than data.max_seq_length = {self._max_seq_length}"
+            problem = f"{length} tokens, more than data.max_seq_length = {limit}"
         elif excess:
-            tokens, loss_mask = tokens[:-excess], loss_mask[:-excess]
+            tokens, loss_mask = tokens[:limit], loss_mask[:limit]
         if problem is None and not loss_mask.any():
             problem = "no target tokens"
             if excess:
-                problem += f" within data.max_seq_length = {self._max_seq_length} of its {length}"
+                problem += f" within data.max_seq_length = {limit} of its {length} tokens"
         return Encoded(np.array(tokens, np.int32), loss_mask, excess, cut.control_tokens, problem)
 
     def _header_length(self, turn: str, ids: list[int]) -> int:
@@ -230,8 +237,8 @@ class Encoder:
         if not (answer.startswith(HEADER) and END in answer):
             return "not ChatML (<|im_start|>assistant … <|im_end|>), which is all that is supported"
         cut = _Cut(self._added_tokens.split(rendered))
-        ids = self._text_encoder.encode(cut.pieces[::2])
-        if self._join(cut, ids).tokens.tolist() != expected[: self._max_seq_length]:
+        tokens, _ = self._tokens(cut, self._text_encoder.encode(cut.pieces[::2]))
+        if tokens != expected:
             return "the tokenizer encodes a conversation in a way that is not supported"
         return None
 
