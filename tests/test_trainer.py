@@ -1,0 +1,290 @@
+"""The engine is exact: its losses and gradients are those of one row at a time through mlx-lm."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import BASE, FAMILIES, plain_loss, random_rows, relative_error, tiny_model
+
+from mlx_tuner import batching, lora
+from mlx_tuner.batching import Row, ShapeTable
+from mlx_tuner.forward import Layout, head_of, hidden_at_targets, is_flat
+from mlx_tuner.loss import linear_cross_entropy
+from mlx_tuner.trainer import Trainer, train
+
+MODEL = tiny_model()
+LENGTHS = [2, 30, 3, 17, 9, 25, 2, 11]
+
+
+def sums(trainer, rows, number=0):
+    loss, gradient = trainer.sum_of_micro_batches(trainer.cut(rows), number)
+    mx.eval(loss, gradient)
+    return loss.item(), trainer.shapes.unflatten(gradient)
+
+
+def assert_exact(model, rows, **options):
+    truth, gradients = plain_loss(model, rows)
+    loss, ours = sums(Trainer(model, **{"micro_batch_tokens": 10_000, **options}), rows)
+    assert loss == pytest.approx(truth, rel=1e-6)
+    assert relative_error(ours, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_family_has_the_loss_and_gradients_of_rows_run_alone(family, checkpointing):
+    rows = random_rows(LENGTHS[:5], prefix=12)
+    model = tiny_model(FAMILIES[family])
+    assert_exact(model, rows, micro_batch_tokens=60, checkpointing=checkpointing)
+
+
+def test_attention_only_families_take_the_flat_path():
+    flat = {name for name, config in FAMILIES.items() if is_flat(tiny_model(config))}
+    assert flat == {"qwen2", "qwen2 untied", "qwen3", "qwen2_moe", "qwen3_moe"}
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 12, 60])
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 80, 1])
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_a_shared_prefix_changes_nothing(prefix, micro_batch_tokens, mask_prompt):
+    rows = random_rows(LENGTHS, prefix=prefix, mask_prompt=mask_prompt)
+    assert_exact(MODEL, rows, micro_batch_tokens=micro_batch_tokens)
+
+
+def test_one_row_and_equal_rows_are_exact():
+    assert_exact(MODEL, random_rows([20]))
+    assert_exact(MODEL, random_rows([20]) * 3)
+
+
+def test_a_row_that_starts_another_is_exact():
+    long = random_rows([30], mask_prompt=False)[0]
+    assert_exact(MODEL, [long, Row(long.tokens[:12], long.loss_mask[:12])])
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=9),
+    prefix=st.integers(0, 30),
+    micro_batch_tokens=st.integers(1, 300),
+    mask_prompt=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_cut_into_micro_batches_changes_the_gradient(
+    lengths, prefix, micro_batch_tokens, mask_prompt, seed
+):
+    rows = random_rows(lengths, prefix=prefix, seed=seed, mask_prompt=mask_prompt)
+    whole_loss, whole = sums(Trainer(MODEL, micro_batch_tokens=10**6), rows)
+    loss, cut = sums(Trainer(MODEL, micro_batch_tokens=micro_batch_tokens), rows)
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert relative_error(cut, whole) < 1e-5
+
+
+def test_checkpointing_gives_the_same_gradient_with_dropout_too():
+    model = tiny_model(dropout=0.3)
+    rows = random_rows(LENGTHS, prefix=12)
+    plain = sums(Trainer(model, micro_batch_tokens=60, seed=7), rows, number=3)
+    checkpointed = sums(
+        Trainer(model, micro_batch_tokens=60, seed=7, checkpointing=True), rows, number=3
+    )
+    assert checkpointed[0] == pytest.approx(plain[0], rel=1e-6)
+    assert relative_error(checkpointed[1], plain[1]) < 1e-6
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    model, rows = tiny_model(dropout=0.3), random_rows(LENGTHS)
+    losses = {
+        (seed, number): sums(Trainer(model, micro_batch_tokens=100, seed=seed), rows, number)[0]
+        for seed in (1, 2)
+        for number in (0, 1)
+    }
+    assert len(set(losses.values())) == 4
+    again = sums(Trainer(model, micro_batch_tokens=100, seed=1), rows, 1)[0]
+    assert again == losses[1, 1]
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 60])
+def test_padding_to_a_shape_changes_nothing(prefix, micro_batch_tokens):
+    rows = random_rows(LENGTHS, prefix=prefix)
+    truth, gradients = plain_loss(MODEL, rows)
+    trainer = Trainer(MODEL, micro_batch_tokens=micro_batch_tokens)
+    trainer._table, trainer._compiled = ShapeTable(), trainer._gradients
+    step = trainer.cut(rows)
+    assert all(batch.bucketed for batch in step.micro_batches)
+    loss, ours = sums(trainer, rows)
+    assert loss == pytest.approx(truth, rel=1e-6)
+    assert relative_error(ours, gradients) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_pass_gives_the_same_updates():
+    model = tiny_model({**BASE, "num_hidden_layers": 1})
+    rows = random_rows([5, 9, 7])
+    start = lora.trainable(model)
+    adapters = []
+    for compile in (False, True):
+        trainer = Trainer(model, micro_batch_tokens=100, compile=compile)
+        list(train(trainer, [rows, rows], [1e-3, 1e-3]))
+        adapters.append(trainer.adapter)
+        trainer._set(start)
+    assert relative_error(adapters[1], adapters[0]) < 1e-5
+
+
+def test_changing_a_row_changes_no_other_rows_hidden_states():
+    rows = random_rows(LENGTHS, mask_prompt=False)
+    changed = [Row((rows[1].tokens + 1) % 64, rows[1].loss_mask)]
+
+    def states(rows):
+        batch = batching.cut(rows, 10_000, share_prefix=False).micro_batches[0]
+        hidden, _ = hidden_at_targets(MODEL, Layout.of(batch))
+        return np.array(hidden)
+
+    before = states([rows[1], *rows[2:]])
+    after = states([*changed, *rows[2:]])
+    own = rows[1].inputs
+    assert not np.array_equal(before[:own], after[:own])
+    np.testing.assert_array_equal(before[own:], after[own:])
+
+
+def test_in_bf16_our_error_is_no_larger_than_mlx_lms():
+    from mlx_lm.tuner.trainer import default_loss
+
+    rows = random_rows([30, 30, 30, 30], mask_prompt=False)
+    truth, _ = plain_loss(MODEL, rows)
+    model = tiny_model()
+    for _, module in model.named_modules():
+        if not isinstance(module, lora.LoRALinear) and not list(module.children()):
+            module.set_dtype(mx.bfloat16)
+    ours, _ = sums(Trainer(model, micro_batch_tokens=10_000), rows)
+    batch = mx.array(np.stack([row.tokens for row in rows]))
+    lengths = mx.array([[0, 29]] * 4)  # its mask counts a token too many
+    theirs, targets = default_loss(model, batch, lengths)
+    assert targets.item() == sum(row.loss_mask.sum() for row in rows)
+    assert abs(ours - truth) <= abs(theirs.item() * targets.item() - truth) + 1e-3 * truth
+
+
+def test_a_step_divides_once_by_its_target_tokens():
+    rows = random_rows(LENGTHS)
+    truth, gradients = plain_loss(MODEL, rows)
+    targets = sum(int(row.loss_mask.sum()) for row in rows)
+    norm = np.sqrt(sum(float((g.astype(mx.float32) ** 2).sum()) for g in gradients.values()))
+    model = tiny_model()
+    (result,) = train(Trainer(model, micro_batch_tokens=40), [rows], [1e-3])
+    assert result.loss == pytest.approx(truth / targets, rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm / targets, rel=1e-4)
+    assert (result.rows, result.target_tokens) == (8, targets)
+    assert result.tokens == sum(len(row.tokens) for row in rows)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(bad):
+    model, rows = tiny_model(), random_rows(LENGTHS)
+    trainer = Trainer(model, micro_batch_tokens=100)
+    list(train(trainer, [rows], [1e-3]))
+    before = [np.array(part) for part in trainer.state]
+    model.model.layers[1].mlp.up_proj.linear.weight[0, 0] = bad
+    (result,) = train(trainer, [rows], [1e-3])
+    assert not result.finite
+    for old, new in zip(before, trainer.state, strict=True):
+        np.testing.assert_array_equal(old, np.array(new))
+
+
+def test_training_lowers_the_loss_and_evaluation_sees_it():
+    model, rows = tiny_model(), random_rows(LENGTHS, prefix=10)
+    trainer = Trainer(model, micro_batch_tokens=60)
+    before = trainer.evaluate([rows[:3], rows[3:]])
+    results = list(train(trainer, [rows] * 8, [1e-2] * 8))
+    assert before == pytest.approx(results[0].loss, rel=1e-5)
+    assert results[-1].loss < 0.8 * results[0].loss
+    assert trainer.evaluate([rows]) < 0.8 * before
+
+
+def test_evaluation_leaves_training_as_it_was():
+    rows = random_rows(LENGTHS)
+    runs = []
+    for evaluating in (False, True):
+        trainer = Trainer(tiny_model(dropout=0.2), micro_batch_tokens=60, seed=3)
+        for _ in train(trainer, [rows] * 3, [1e-3] * 3):
+            if evaluating:
+                trainer.evaluate([rows])
+        runs.append(np.array(trainer.state.parameters))
+    np.testing.assert_array_equal(*runs)
+
+
+def test_a_rehearsal_changes_nothing():
+    trainer = Trainer(tiny_model(), micro_batch_tokens=60)
+    before = np.array(trainer.state.parameters)
+    trainer.rehearse(random_rows(LENGTHS))
+    np.testing.assert_array_equal(before, np.array(trainer.state.parameters))
+
+
+def test_training_stops_where_the_rows_or_the_rates_end():
+    trainer = Trainer(MODEL, micro_batch_tokens=100)
+    rows = random_rows([5])
+    assert len(list(train(trainer, [rows] * 2, [0.0] * 5))) == 2
+    assert len(list(train(trainer, [rows] * 5, [0.0] * 2))) == 2
+
+
+def test_only_sixteen_shapes_are_ever_compiled_for():
+    rng = np.random.default_rng(0)
+    table = ShapeTable()
+    waste = []
+    for _ in range(200):
+        rows = random_rows(rng.integers(20, 300, 8).tolist(), seed=int(rng.integers(1000)))
+        step = batching.cut(rows, 10**6, share_prefix=False, group_overhead=2**40)
+        batch = table.fit(step.micro_batches[0])
+        waste.append(len(batch.tokens) / batch.real_tokens)
+    assert len(table.shapes) <= 16
+    assert np.mean(waste) < 1.1
+
+
+def test_the_head_of_a_quantised_model_is_never_dequantised_whole():
+    quantised = {**BASE, "hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+    for mode, bits in (("affine", 4), ("affine", 8), ("mxfp4", 4), ("mxfp8", 8)):
+        config = {**quantised, "quantization": {"group_size": 32, "bits": bits, "mode": mode}}
+        model = tiny_model(config)
+        assert isinstance(head_of(model), nn.QuantizedEmbedding)
+        assert_exact(model, random_rows(LENGTHS[:4], prefix=9))
+
+
+def test_the_loss_is_the_same_for_any_chunk(monkeypatch):
+    hidden = mx.random.normal((100, 32))
+    targets, weights = mx.random.randint(0, 64, (100,)), mx.random.uniform(shape=(100,))
+    head = head_of(MODEL)
+
+    def value_and_gradient():
+        loss = lambda h: linear_cross_entropy(h, head, targets, weights)  # noqa: E731
+        return mx.value_and_grad(loss)(hidden)
+
+    logits = lambda h: (nn.losses.cross_entropy(head.as_linear(h), targets) * weights).sum()  # noqa: E731
+    truth, gradient = mx.value_and_grad(logits)(hidden)
+    for size in (1, 7, 100):
+        monkeypatch.setattr("mlx_tuner.loss.MIN_CHUNK", size)
+        monkeypatch.setattr("mlx_tuner.loss.CHUNK_BYTES", 0)
+        loss, ours = value_and_gradient()
+        assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
+        assert mx.allclose(ours, gradient, atol=1e-6)
+
+
+def test_a_target_of_vanishing_probability_has_its_exact_loss():
+    head = nn.Embedding(3, 1)
+    head.weight = mx.array([[0.0], [200.0], [-300.0]])
+    hidden, weights = mx.array([[1.0]]), mx.array([1.0])
+    loss = linear_cross_entropy(hidden, head, mx.array([2]), weights)
+    assert loss.item() == 500.0
+
+
+def test_micro_batches_hold_no_more_tokens_than_allowed_and_each_row_once():
+    rows = random_rows([40, 3, 22, 9, 17, 30], prefix=10)
+    step = batching.cut(rows, 50)
+    assert all(len(batch.tokens) + batch.past <= 50 for batch in step.micro_batches)
+    assert sum(batch.real_tokens for batch in step.micro_batches) == 10 + sum(
+        row.inputs - 10 for row in rows
+    )
+    lengths = [batch.groups[0][1] for batch in step.micro_batches]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sum(batch.weights.sum() for batch in step.micro_batches) == step.target_tokens
+    assert replace(step).rows == 6
