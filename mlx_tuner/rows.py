@@ -189,14 +189,13 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
         yield path, item
         if isinstance(item, dict):
             for key, child in reversed(item.items()):
-                todo += [(_join(path, key), child), (path, key)]
+                todo += [(_join(path, key), child), (_join(path, key), key)]
         elif isinstance(item, list):
             todo += [(f"{path}[{i}]", item[i]) for i in reversed(range(len(item)))]
 
 
 def _join(path: str, key: str) -> str:
-    name = _shown(key)[1:-1]
-    return f"{path}.{name}" if path else name
+    return f"{path}.{_shown(key)}" if path else _shown(key)
 
 
 def _lone_surrogate(text: str) -> int | None:
@@ -359,7 +358,7 @@ def _check_message(message: Any, path: str, where: str, faults: list[Fault]) -> 
     if role not in ROLES:
         hint = f"; use one of {', '.join(ROLES)}"
         what = (
-            f"unknown role {_shown(role)}{hint}"
+            f'unknown role "{_shown(role)}"{hint}'
             if type(role) is str
             else f"{_kind(role)}, not a string{hint}"
             if "role" in message
@@ -444,6 +443,6 @@ _KINDS: dict[type, str] = {
 
 
 def _shown(text: str) -> str:
-    """A string of the user's, quoted, printable, and short enough for one line."""
+    """A string of the user's, printable and short enough for one line."""
     short = text if len(text) <= 40 else text[:39] + "…"
-    return json.dumps(short, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
