@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_tuner import __version__
-from mlx_tuner.errors import TunerError
+from mlx_tuner.errors import RunStopped, TunerError, UsageError
+from mlx_tuner.terminal import SafeStream, console
+
+if TYPE_CHECKING:
+    from mlx_tuner.recipe import Recipe
 
 MAX_FAULTS_SHOWN = 20
 
@@ -20,8 +28,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except TunerError as error:
+            kind = "" if isinstance(error, RunStopped) else "error: "
             for fault in error.faults[:MAX_FAULTS_SHOWN]:
-                click.echo(f"mlx-tune: error: {fault}", err=True)
+                click.echo(f"mlx-tune: {kind}{fault}", err=True)
             if (more := len(error.faults) - MAX_FAULTS_SHOWN) > 0:
                 click.echo(f"mlx-tune: error: … and {more} more", err=True)
             sys.exit(error.exit_code)
@@ -33,6 +42,144 @@ def main() -> None:
     """LoRA fine-tuning of Qwen models on Apple silicon, in MLX."""
 
 
+def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """RECIPE and --set, which every command on a recipe takes."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="TABLE.KEY=VALUE",
+        help="Override a key of the recipe; paths start from the current folder. Repeatable.",
+    )(command)
+    return click.argument("recipe", type=click.Path(path_type=Path))(command)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@main.command()
+@_recipe_options
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: adapters/RECIPE.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that is there.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, as plan does.")
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end.")
+def run(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train what RECIPE says: adapter, metrics, plots and summary."""
+    from mlx_tuner.recipe import load_recipe
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; give one")
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        _plan(loaded, as_json)
+        return
+    run_dir = run_dir or Path("adapters") / loaded.name
+    from mlx_tuner.finetune import finetune
+    from mlx_tuner.progress import Display
+    from mlx_tuner.report import report
+    from mlx_tuner.run import read_records
+
+    with Display() as display:
+        summary = finetune(loaded, run_dir, display, resume=resume, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(summary.to_json(), indent=2))
+    else:
+        console(sys.stdout).print(report(read_records(run_dir), summary, run_dir))
+
+
+@main.command()
+@_recipe_options
+@_json_option
+def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What a run of RECIPE would do and need; loads no weights."""
+    from mlx_tuner.recipe import load_recipe
+
+    _plan(load_recipe(recipe, overrides), as_json)
+
+
+def _plan(recipe: Recipe, as_json: bool) -> None:
+    from mlx_tuner.plan import plan
+
+    planned = plan(recipe)
+    if as_json:
+        click.echo(json.dumps(asdict(planned), indent=2))
+        return
+    share = 100 * planned.trainable_parameters / planned.total_parameters
+    first, last = planned.learning_rates[0], planned.learning_rates[-1]
+    for name, value in (
+        ("recipe", planned.recipe),
+        ("model", planned.model),
+        ("rows", f"{planned.rows:,}, and {planned.valid_rows:,} for validation"),
+        ("tokens", f"{planned.tokens:,} an epoch, {planned.target_tokens:,} of them targets"),
+        ("steps", f"{planned.steps:,}, {planned.steps_per_epoch:,} an epoch"),
+        ("learning rate", f"{first:.3g} at the first step, {last:.3g} at the last"),
+        (
+            "trainable",
+            f"{planned.trainable_parameters:,} of {planned.total_parameters:,} ({share:.4f} %)",
+        ),
+        ("micro-batch", f"{planned.micro_batch_tokens:,} tokens at most"),
+        ("peak memory", f"about {planned.peak_memory_gb:.2f} GB"),
+    ):
+        click.echo(f"{name:>14}  {value}")
+
+
+@main.command()
+@click.argument("run_or_model")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="0 = greedy.",
+)
+@click.option("--system", help="The system message.")
+@click.option("--base", is_flag=True, help="The base model of a run, without its adapter.")
+def generate(
+    run_or_model: str,
+    prompt: str | None,
+    max_tokens: int,
+    temperature: float,
+    system: str | None,
+    base: bool,
+) -> None:
+    """Answer PROMPT with a run or a model; without PROMPT, chat."""
+    from mlx_tuner.generate import answer, load
+    from mlx_tuner.progress import Display
+
+    with Display() as display, display.task("loading the model"):
+        loaded = load(run_or_model, base=base)
+    messages = [{"role": "system", "content": system}] if system else []
+    chatting = prompt is None
+    while True:
+        if prompt is None:
+            try:
+                prompt = click.prompt("you", prompt_suffix="> ", err=True)
+            except click.Abort:  # end of input
+                click.echo(err=True)
+                return
+        messages.append({"role": "user", "content": prompt})
+        pieces = []
+        for piece in answer(loaded, messages, max_tokens=max_tokens, temperature=temperature):
+            click.echo(piece, nl=False)
+            pieces.append(piece)
+        click.echo()
+        if not chatting:
+            return
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        prompt = None
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
@@ -42,3 +189,28 @@ def doctor(as_json: bool) -> None:
     report = examine()
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report)
     sys.exit(0 if report.can_train else 1)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_json_option
+@click.option(
+    "-o",
+    "output",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder for compare.png; default: the current one.",
+)
+def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
+    """RUNS side by side, as a table and a plot."""
+    from mlx_tuner.compare import PLOT, compare
+    from mlx_tuner.plots import comparison as draw
+
+    comparison = compare(runs)
+    plot = output / PLOT
+    draw(plot, comparison.records)
+    if as_json:
+        click.echo(json.dumps({**comparison.to_json(), "plot": str(plot)}, indent=2))
+    else:
+        click.echo(comparison.to_markdown(), file=SafeStream(sys.stdout))
+        click.echo(f"plot: {plot}", err=True)

@@ -48,3 +48,11 @@ class ModelError(TunerError):
 
 class RunError(TunerError):
     """A run, or the machine under it, that cannot go on."""
+
+
+class RunStopped(TunerError):
+    """A signal ended a run after it was saved; the exit code is the shell's for that signal."""
+
+    def __init__(self, number: int, step: int, run: object) -> None:
+        super().__init__(Fault(str(run), "", f"stopped after step {step}; continue with --resume"))
+        self.exit_code = 128 + number

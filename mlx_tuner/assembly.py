@@ -1,0 +1,172 @@
+"""From a recipe to the parts of a run: data, schedule, adapter, micro-batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_tuner import adapter, cache, device, lora, memory, schedule
+from mlx_tuner.dataset import Dataset, open_dataset, split
+from mlx_tuner.errors import Fault, RecipeError
+from mlx_tuner.model import dtype_of
+from mlx_tuner.order import Permutation
+from mlx_tuner.recipe import Recipe
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run."""
+
+    train: Dataset
+    valid: Dataset | None
+
+
+def open_data(recipe: Recipe, tokenizer: Any) -> Data:
+    """Open and check the recipe's training and validation rows.
+
+    Raises:
+        DataError: a file or row is wrong.
+        ModelError: the tokenizer has no chat template that rows need.
+    """
+    table = recipe.data
+
+    def opened(source: str, limit: int | None = None) -> Dataset:
+        return open_dataset(
+            local_file(source),
+            tokenizer,
+            max_seq_length=table.max_seq_length,
+            mask_prompt=table.mask_prompt,
+            system_prompt=table.system_prompt,
+            limit=limit,
+            on_bad_row=table.on_bad_row,
+            on_long_row=table.on_long_row,
+            cache_dir=cache.user_folder(),
+        )
+
+    rows = opened(table.train, table.limit)
+    if isinstance(table.valid, float):
+        return Data(*split(rows, table.valid, recipe.train.seed))
+    return Data(rows, opened(table.valid) if table.valid is not None else None)
+
+
+def local_file(source: str) -> Path:
+    """The file of a path, or of ``hub:OWNER/NAME[/FILE]``, downloaded where needed."""
+    if not source.startswith(HUB):
+        return Path(source)
+    from mlx_tuner import hub
+
+    return hub.download_dataset_file(source.removeprefix(HUB))
+
+
+def learning_rates(recipe: Recipe, rows: int) -> list[float]:
+    """The learning rate of every step.
+
+    Raises:
+        RecipeError: the warm-up is longer than the run.
+    """
+    table = recipe.train
+    steps = schedule.total_steps(rows, table.batch_size, table.epochs, table.max_steps)
+    if table.warmup_steps > steps:
+        what = f"{table.warmup_steps} steps, but the run has {steps}; lower it"
+        raise RecipeError(Fault(recipe.name, "train.warmup_steps", what))
+    return [
+        schedule.learning_rate(
+            step,
+            peak=table.learning_rate,
+            total_steps=steps,
+            warmup_steps=table.warmup_steps,
+            schedule=table.lr_schedule,
+        )
+        for step in range(steps)
+    ]
+
+
+def row_order(recipe: Recipe, rows: int, first_step: int, steps: int) -> Iterator[Sequence[int]]:
+    """The rows of each step from ``first_step`` on: a function of seed, epoch and position."""
+    for step in range(first_step, steps):
+        epoch, first, last = schedule.rows_of_step(step, rows, recipe.train.batch_size)
+        if recipe.data.shuffle:
+            yield Permutation(recipe.train.seed, epoch, rows).slice(first, last).tolist()
+        else:
+            yield range(first, last)
+
+
+def attach_adapter(model: nn.Module, recipe: Recipe) -> None:
+    """Put the recipe's adapter onto a model, new or as ``lora.init_from`` left it.
+
+    Raises:
+        ModelError: it does not fit the model.
+        RecipeError: its rank is not the recipe's.
+    """
+    table = recipe.lora
+    if table.init_from is None:
+        lora.attach(
+            model,
+            rank=table.rank,
+            scale=table.scale,
+            dropout=table.dropout,
+            target_modules=table.target_modules,
+            num_layers=table.num_layers,
+            seed=recipe.train.seed,
+        )
+        return
+    start = adapter.read_adapter(Path(table.init_from))
+    if (start.rank, start.scale) != (table.rank, table.scale):
+        what = (
+            f"is of rank {start.rank} and scale {start.scale:g}, the recipe of rank {table.rank} "
+            f"and scale {table.scale:g}; set lora.rank and lora.alpha to match"
+        )
+        raise RecipeError(Fault(table.init_from, "lora.init_from", what))
+    adapter.apply(model, start)
+    for layer in lora.adapted_modules(model).values():
+        layer.dropout = table.dropout
+
+
+def micro_batch_tokens(recipe: Recipe, model: nn.Module, config: Any, longest_row: int) -> int:
+    """``train.micro_batch_tokens``, or what this machine's memory allows.
+
+    Args:
+        longest_row: tokens of the longest row, or more.
+    """
+    table = recipe.train
+    if table.micro_batch_tokens != "auto":
+        return table.micro_batch_tokens
+    return memory.auto_micro_batch_tokens(
+        device.memory_budget(),
+        weight_bytes(model),
+        trainable_parameters(model),
+        token_bytes(recipe, model, config, longest_row),
+    )
+
+
+def token_bytes(recipe: Recipe, model: nn.Module, config: Any, longest_row: int) -> int:
+    """Bytes that one token of a forward pass keeps."""
+    return memory.activation_bytes(
+        config,
+        dtype_of(model).size,
+        row_tokens=longest_row,
+        checkpointing=recipe.train.gradient_checkpointing,
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, the adapter's included."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(value.size for value in lora.trainable(model).values())
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on Metal or CUDA."""
+    return bool(mx.default_device().type == mx.gpu)

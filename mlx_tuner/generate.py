@@ -1,0 +1,53 @@
+"""Answers from a model, or from a run's adapter on its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_tuner import adapter
+from mlx_tuner import model as models
+from mlx_tuner.model import Loaded
+
+Message = dict[str, Any]
+
+
+def load(name: str, *, base: bool = False) -> Loaded:
+    """A model by name or folder; of a run or adapter folder, its base with the adapter on it.
+
+    Args:
+        base: leave the adapter off.
+
+    Raises:
+        ModelError: there is no such model, or the adapter was trained on another one.
+    """
+    if not (Path(name) / adapter.CONFIG).is_file():
+        return models.load(models.resolve(name))
+    trained = adapter.read_adapter(Path(name))
+    folder = models.resolve(trained.base, trained.revision)
+    adapter.check_base(trained, folder)
+    loaded = models.load(folder)
+    if not base:
+        adapter.apply(loaded.model, trained)
+        loaded.model.eval()
+    return loaded
+
+
+def answer(
+    loaded: Loaded, messages: list[Message], *, max_tokens: int, temperature: float
+) -> Iterator[str]:
+    """The assistant's next turn, piece by piece, up to the model's end-of-sequence ids.
+
+    Args:
+        temperature: 0 takes the likeliest token each time.
+    """
+    prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    sampler = make_sampler(temp=temperature)
+    for response in mlx_lm.stream_generate(
+        loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
+    ):
+        yield response.text
