@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-_Record = TypeVar("_Record", bound="_Json")
+_Record = TypeVar("_Record", bound="JsonFields")
 
 
-class _Json:
+class JsonFields:
     """A dataclass of plain values as a JSON object; a number that is not finite is null there."""
 
     event: ClassVar[str] = ""
@@ -40,7 +40,7 @@ class _Json:
 
 
 @dataclass(frozen=True)
-class TrainRecord(_Json):
+class TrainRecord(JsonFields):
     """What is logged every `log_every` steps, of the steps since the log line before."""
 
     event: ClassVar[str] = "train"
@@ -67,7 +67,7 @@ class TrainRecord(_Json):
 
 
 @dataclass(frozen=True)
-class EvalRecord(_Json):
+class EvalRecord(JsonFields):
     """An evaluation on the validation rows. Step 0 is the base model."""
 
     event: ClassVar[str] = "eval"
@@ -99,7 +99,7 @@ def best_evaluation(records: Sequence[Record]) -> EvalRecord | None:
 
 
 @dataclass(frozen=True)
-class Summary(_Json):
+class Summary(JsonFields):
     """A run as a whole, once it has ended."""
 
     recipe: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,11 +53,16 @@ class SafeStream:
             os.close(nowhere)
 
 
+def safe(stream: TextIO) -> TextIO:
+    """`stream` as one that nothing can stop: see `SafeStream`."""
+    return cast("TextIO", SafeStream(stream))
+
+
 def console(stream: TextIO) -> Console:
     """A rich console on `stream` that survives its reader and its encoding."""
     from rich.console import Console
 
-    return Console(file=SafeStream(stream), highlight=False)  # type: ignore[arg-type]
+    return Console(file=safe(stream), highlight=False)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,247 @@
+"""Plots as PNG files. The only module that imports matplotlib, and it keeps no global state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mlx_tuner import files
+from mlx_tuner.metrics import EvalRecord, Record, TrainRecord
+from mlx_tuner.terminal import scientific
+
+_SIZE = (9.0, 5.0)
+"""Inches; with the dots below, 1350 × 750 pixels."""
+_DPI = 150
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _RED = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)
+_RUN_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _RED)
+_RUN_MARKERS = "os^Dvp"
+
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 14,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 20,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "text.parse_math": False,
+    "legend.framealpha": 0.9,
+    "legend.edgecolor": "none",
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+}
+
+_MOST_EPOCHS_MARKED = 8
+_NOISY_FROM = 20
+"""Log lines from which on a smoothed line is drawn over them."""
+
+Curve = tuple[list[float], list[float]]
+"""Steps and values."""
+
+
+def loss_curve(path: Path, records: Sequence[Record], best_step: int | None) -> None:
+    """Training and validation loss by step, the best evaluation marked."""
+    with _figure(path) as figure:
+        axes = _axes(figure, "Loss", "mean loss per target token")
+        train, valid = _train(records, "loss"), _validation(records)
+        _noisy_line(axes, train, _BLUE, "training")
+        if valid[0]:
+            axes.plot(*valid, color=_ORANGE, marker="o", markersize=6, label="validation")
+        if best_step in valid[0]:
+            best = (best_step, valid[1][valid[0].index(best_step)])
+            axes.plot(
+                *best,
+                color=_GREEN,
+                marker="*",
+                markersize=18,
+                markeredgecolor="white",
+                linestyle="none",
+                zorder=5,
+                label=f"best: {best[1]:.4g} at step {best[0]:,}",
+            )
+        _mark_epochs(axes, records)
+        _legend(axes)
+
+
+def grad_norm_curve(path: Path, records: Sequence[Record]) -> None:
+    """Gradient norm by step, with the learning rate on an axis of its own."""
+    with _figure(path) as figure:
+        axes = _axes(figure, "Gradient norm and learning rate", "gradient norm before clipping")
+        _noisy_line(axes, _train(records, "grad_norm"), _PURPLE, "gradient norm (left)")
+        axes.yaxis.label.set_color(_PURPLE)
+        axes.set_ylim(bottom=0)
+        rates = axes.twinx()
+        rates.spines["right"].set_visible(True)
+        rates.grid(visible=False)
+        steps, values = _train(records, "learning_rate")
+        rates.plot(
+            steps,
+            values,
+            color=_GREEN,
+            linestyle="--",
+            linewidth=1.6,
+            label="learning rate (right)",
+        )
+        rates.set_ylim(0, 1.08 * max(values, default=0.0) or 1.0)
+        rates.set_ylabel("learning rate", color=_GREEN)
+        rates.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        rates.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
+        _mark_epochs(axes, records)
+        _legend(axes, rates)
+
+
+def comparison(path: Path, runs: Mapping[str, Sequence[Record]]) -> None:
+    """Training loss and, where a run has it, validation loss of runs by name, side by side."""
+    validated = any(_validation(records)[0] for records in runs.values())
+    with _figure(path, wide=validated) as figure:
+        kinds = {
+            "training": "Training loss",
+            **({"validation": "Validation loss"} if validated else {}),
+        }
+        all_axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+        for axes, (kind, title) in zip(all_axes, kinds.items(), strict=True):
+            _dress(axes, title, "mean loss per target token" if axes is all_axes[0] else "")
+            for index, (name, records) in enumerate(runs.items()):
+                curve = _train(records, "loss") if kind == "training" else _validation(records)
+                colour = _RUN_COLOURS[index % len(_RUN_COLOURS)]
+                marker = _RUN_MARKERS[index % len(_RUN_MARKERS)]
+                # Beyond the palette the line's style tells runs apart.
+                dashes = ("-", "--", ":")[index // len(_RUN_COLOURS) % 3]
+                if not curve[0]:
+                    continue
+                axes.plot(
+                    *curve,
+                    color=colour,
+                    linestyle=dashes,
+                    marker=marker,
+                    markersize=5,
+                    markevery=max(1, len(curve[0]) // 12),
+                    label=name,
+                )
+        handles = {
+            label: handle
+            for axes in all_axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
+        )
+
+
+@contextmanager
+def _figure(path: Path, *, wide: bool = False) -> Iterator[Figure]:
+    """An empty figure; what is drawn into it becomes the file."""
+    width, height = _SIZE
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.4 * width if wide else width, height), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        with files.replacing(path) as temporary, warnings.catch_warnings():
+            # A run may be named in a script that the font lacks; boxes in its place will do.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            canvas.print_figure(temporary, dpi=_DPI, facecolor="white")
+
+
+def _axes(figure: Figure, title: str, ylabel: str) -> Axes:
+    axes = figure.add_subplot()
+    _dress(axes, title, ylabel)
+    return axes
+
+
+def _dress(axes: Axes, title: str, ylabel: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _noisy_line(axes: Axes, curve: Curve, colour: str, label: str) -> None:
+    """A line; of many points, a faint one below its smoothed form."""
+    steps, values = curve
+    if len(steps) < _NOISY_FROM:
+        axes.plot(steps, values, color=colour, marker="o", markersize=5, label=label)
+    else:
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1.0)
+        axes.plot(steps, _smoothed(values), color=colour, label=f"{label}, smoothed")
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a centred window of about a twelfth of the values."""
+    reach = max(1, len(values) // 24)
+    means = []
+    for index in range(len(values)):
+        near = min(reach, index)  # symmetric at the start, where losses fall steeply
+        window = values[index - near : index + near + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _mark_epochs(axes: Axes, records: Sequence[Record]) -> None:
+    """Faint lines where epochs end; of many epochs, some."""
+    step, epoch = max(((r.step, r.epoch) for r in records), default=(0, 0.0))
+    every = math.ceil(epoch / _MOST_EPOCHS_MARKED)
+    for number in range(every, math.floor(epoch + 1e-6) + 1, every or 1):
+        end = step * number / epoch
+        axes.axvline(end, color="#CCCCCC", linestyle=":", linewidth=1.2, zorder=0)
+        axes.annotate(
+            f"epoch {number}",
+            (end, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color="#777777",
+        )
+
+
+def _legend(*all_axes: Axes) -> None:
+    """One legend for axes that share a plot, where it covers least."""
+    pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in all_axes]
+    entries = [entry for pair in pairs for entry in pair]
+    if entries:
+        handles, labels = zip(*entries, strict=True)
+        all_axes[-1].legend(handles, labels, loc="best")
+
+
+def _train(records: Sequence[Record], name: str) -> Curve:
+    pairs = [(r.step, getattr(r, name)) for r in records if isinstance(r, TrainRecord)]
+    return _curve(pairs)
+
+
+def _validation(records: Sequence[Record]) -> Curve:
+    return _curve([(r.step, r.val_loss) for r in records if isinstance(r, EvalRecord)])
+
+
+def _curve(pairs: Sequence[tuple[float, float]]) -> Curve:
+    """Points in the order of steps, those without a finite value left out."""
+    finite = sorted(pair for pair in pairs if math.isfinite(pair[1]))
+    return [step for step, _ in finite], [value for _, value in finite]
