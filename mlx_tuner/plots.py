@@ -59,6 +59,7 @@ _STYLE: Any = {
 }
 
 _MOST_EPOCHS_MARKED = 8
+_MOST_BARS = 48
 _NOISY_FROM = 20
 """Log lines from which on a smoothed line is drawn over them."""
 
@@ -153,6 +154,22 @@ def comparison(path: Path, runs: Mapping[str, Sequence[Record]]) -> None:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
         )
+
+
+def length_histogram(path: Path, lengths: Sequence[int], max_seq_length: int) -> None:
+    """Rows by their length in tokens, and where `max_seq_length` cuts."""
+    with _figure(path) as figure:
+        axes = _axes(figure, "Length of rows", "rows")
+        axes.set_xlabel("tokens")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        longest = max(lengths, default=1)
+        bins = min(longest, _MOST_BARS)
+        axes.hist(lengths, bins=bins, range=(0.5, longest + 0.5), color=_BLUE, edgecolor="white")
+        # A cut far beyond the longest row would squeeze the bars.
+        if max_seq_length < 1.5 * longest:
+            label = f"data.max_seq_length = {max_seq_length:,}"
+            axes.axvline(max_seq_length + 0.5, color=_RED, linestyle="--", label=label)
+            _legend(axes)
 
 
 @contextmanager
