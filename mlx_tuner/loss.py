@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_tuner.lanes import lanes
 
-CHUNK_BYTES = 96 * 2**20
+CHUNK_BYTES = 128 * 2**20
 """Bytes of fp32 logits in a chunk; a chunk has at least `MIN_CHUNK` targets."""
 
 MIN_CHUNK = 32

@@ -1,0 +1,331 @@
+"""A whole run on the built-in model: its files, its numbers, and that it can be stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from safetensors.numpy import load_file
+
+from mlx_tuner import finetune as finetuning
+from mlx_tuner import run as runs
+from mlx_tuner.errors import RecipeError, RunError, UsageError
+from mlx_tuner.finetune import finetune
+from mlx_tuner.metrics import EvalRecord, TrainRecord
+from mlx_tuner.progress import Display
+from mlx_tuner.recipe import load_recipe, parse_recipe
+
+RECIPE = """
+[model]
+path = "builtin:tiny-qwen"
+[data]
+train = "python_100.jsonl"
+valid = "python_valid.jsonl"
+limit = 20
+[lora]
+rank = 4
+dropout = 0.1
+target_modules = "all-linear"
+[train]
+epochs = 3
+batch_size = 8
+learning_rate = 5e-3
+warmup_steps = 2
+log_every = 2
+eval_every = 3
+save_every = 2
+"""
+
+
+def recipe_of(root, text=RECIPE, **changes):
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    return parse_recipe(text, source="small.toml", folder=root / "data", overrides=overrides)
+
+
+def run_recipe(recipe, path, **options):
+    with Display() as display:
+        return finetune(recipe, path, display, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "small"
+    return path, run_recipe(recipe_of(root), path)
+
+
+def test_a_run_leaves_every_file_of_the_contract(finished):
+    path, _ = finished
+    files = {p.name for p in path.iterdir() if not p.name.startswith(".")}
+    assert files == {
+        "adapters.safetensors",
+        "adapter_config.json",
+        "recipe.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "loss.png",
+        "grad_norm.png",
+        "checkpoints",
+    }
+    checkpoint = max((path / "checkpoints").iterdir())
+    assert checkpoint.name == "step-00000009"
+    assert {p.name for p in checkpoint.iterdir()} == {
+        "adapters.safetensors",
+        "adapter_config.json",
+        "optimizer.safetensors",
+        "state.json",
+        "MANIFEST.json",
+    }
+
+
+def test_metrics_come_at_the_recipes_intervals(finished):
+    path, summary = finished
+    records = runs.read_records(path)
+    trained = [r for r in records if isinstance(r, TrainRecord)]
+    evaluated = [r for r in records if isinstance(r, EvalRecord)]
+    assert [r.step for r in trained] == [2, 4, 6, 8]
+    assert [r.epoch for r in trained] == [0.8, 1.4, 2.0, 2.8]
+    assert [r.step for r in evaluated] == [0, 3, 6, 9]
+    assert summary.steps == 9
+    assert summary.epochs == 3
+    assert summary.final_loss < summary.first_loss
+    assert evaluated[-1].val_loss < evaluated[0].val_loss
+    best = min(evaluated[1:], key=lambda r: r.val_loss)
+    assert (summary.best_step, summary.best_val_loss) == (best.step, best.val_loss)
+
+
+def test_metrics_and_summary_have_the_contracts_keys(finished):
+    path, _ = finished
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    train = next(line for line in lines if line["event"] == "train")
+    assert list(train) == [
+        "event",
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "samples_per_second",
+        "tokens_per_second",
+        "trained_tokens",
+        "peak_memory_gb",
+        "elapsed_seconds",
+    ]
+    evaluation = next(line for line in lines if line["event"] == "eval")
+    assert list(evaluation) == ["event", "step", "epoch", "val_loss"]
+    summary = json.loads((path / "summary.json").read_text())
+    wanted = (
+        "steps epochs trainable_parameters total_parameters train_loss first_loss final_loss "
+        "best_step best_val_loss runtime_seconds samples_per_second steps_per_second "
+        "tokens_per_second peak_memory_gb stopped_early"
+    )
+    assert set(wanted.split()) <= set(summary)
+
+
+def test_the_resolved_recipe_runs_again_to_the_same_adapter(finished, tmp_path):
+    path, _ = finished
+    again = load_recipe(path / "recipe.toml")
+    run_recipe(again, tmp_path / "again")
+    assert_same_adapter(path, tmp_path / "again")
+
+
+def test_mlx_lm_loads_the_adapter_and_generates_the_same_tokens(finished, root):
+    import mlx_lm
+
+    from mlx_tuner.generate import answer, load
+    from mlx_tuner.model import resolve
+
+    path, _ = finished
+    prompt = "Write a Python function that doubles a number."
+    chat = [{"role": "user", "content": prompt}]
+    ours = "".join(answer(load(str(path)), chat, max_tokens=40, temperature=0))
+    model, tokenizer = mlx_lm.load(str(resolve("builtin:tiny-qwen")), adapter_path=str(path))[:2]
+    theirs = mlx_lm.generate(
+        model,
+        tokenizer,
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True),
+        max_tokens=40,
+    )
+    assert ours == theirs
+    base = "".join(answer(load(str(path), base=True), chat, max_tokens=40, temperature=0))
+    assert base != ours
+
+
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_if_never_stopped(finished, root, tmp_path):
+    path, summary = finished
+    stop_after(root, tmp_path / "cut", steps=5)
+    resumed = run_recipe(recipe_of(root), tmp_path / "cut", resume=True)
+    assert_same_adapter(path, tmp_path / "cut")
+    assert resumed.train_loss == summary.train_loss
+    assert losses(tmp_path / "cut") == losses(path)
+
+
+def stop_after(root, path, steps):
+    """Run with a SIGTERM that comes in the given step."""
+    recipe = recipe_of(root)
+    code = (
+        "import os, signal, sys\n"
+        "from mlx_tuner import cli, finetune\n"
+        "steps = finetune.train\n"
+        "def train(*args, **kwargs):\n"
+        "    for i, result in enumerate(steps(*args, **kwargs), 1):\n"
+        f"        if i == {steps}: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        yield result\n"
+        "finetune.train = train\n"
+        f"cli.main(['run', {str(path.parent / 'small.toml')!r}, '--run-dir', {str(path)!r}])\n"
+    )
+    (path.parent / "small.toml").write_text(recipe.to_toml())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert f"stopped after step {steps}; continue with --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def losses(path):
+    return [(r.step, getattr(r, "loss", None) or r.val_loss) for r in runs.read_records(path)]
+
+
+def assert_same_adapter(one, other):
+    ours, theirs = (load_file(path / "adapters.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_a_second_signal_ends_a_run_at_once(root, tmp_path):
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(recipe_of(root, train__epochs=1000).to_toml())
+    command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), "--run-dir"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_resuming_with_another_recipe_names_what_differs(finished, root):
+    path, _ = finished
+    with pytest.raises(RecipeError) as error:
+        run_recipe(recipe_of(root, lora__rank=8), path, resume=True)
+    assert "lora.rank: is 8, but the run began with 4" in str(error.value)
+
+
+def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, tmp_path):
+    path, _ = finished
+    with pytest.raises(RunError, match="no run to resume"):
+        run_recipe(recipe_of(root), tmp_path / "none", resume=True)
+    with pytest.raises(UsageError, match="--resume, replace it with --overwrite"):
+        run_recipe(recipe_of(root), path)
+
+
+def test_a_run_stops_early_and_keeps_its_best(root, tmp_path):
+    recipe = recipe_of(
+        root,
+        train__epochs=30,
+        train__eval_every=1,
+        train__learning_rate=0.5,
+        train__early_stopping_patience=2,
+    )
+    summary = run_recipe(recipe, tmp_path / "run")
+    assert summary.stopped_early
+    assert summary.steps == summary.best_step + 2
+    kept = tmp_path / "run" / "checkpoints" / f"step-{summary.best_step:08d}"
+    if kept.exists():
+        assert_same_adapter(kept, tmp_path / "run")
+
+
+def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
+    root, tmp_path, monkeypatch
+):
+    real = finetuning.train
+
+    def broken(*args, **kwargs):
+        for i, result in enumerate(real(*args, **kwargs)):
+            yield replace(result, finite=i == 1, loss=float("nan")) if i != 1 else result
+
+    monkeypatch.setattr(finetuning, "train", broken)
+    recipe = recipe_of(root, data__shuffle="false", train__eval_every=100)
+    with pytest.raises(RunError) as error:
+        run_recipe(recipe, tmp_path / "run")
+    message = str(error.value)
+    assert "step 5 had no finite loss or gradient; its rows: lines 9, 10, 11, 12" in message
+
+
+def test_a_run_without_validation_rows_publishes_its_last_adapter(root, tmp_path):
+    text = RECIPE.replace('valid = "python_valid.jsonl"\n', "")
+    summary = run_recipe(recipe_of(root, text, train__epochs=1), tmp_path / "run")
+    assert summary.best_step is None
+    last = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert_same_adapter(last, tmp_path / "run")
+
+
+def test_nothing_is_written_where_the_recipe_data_or_model_is_wrong(root, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a"}\n')
+    for changes in (
+        {"data__train": tmp_path / "bad.jsonl"},
+        {"lora__target_modules": '["qkv"]'},
+        {"train__warmup_steps": 1000},
+        {"model__path": '"./no/such/model"'},
+    ):
+        with pytest.raises(Exception, match=r"."):
+            run_recipe(recipe_of(root, **changes), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["first", "improved", "codealpaca", "quickstart"])
+def test_every_shipped_recipe_runs_offline_on_the_built_in_model(name, root, tmp_path):
+    overrides = ["model.path=builtin:tiny-qwen", "train.max_steps=2"]
+    if name == "codealpaca":
+        overrides.append(f"data.train={root / 'data' / 'python_100.jsonl'}")
+    recipe = load_recipe(root / "recipes" / f"{name}.toml", overrides)
+    recipe = replace(recipe, train=recipe.train.model_copy(update={"warmup_steps": 0}))
+    assert run_recipe(recipe, tmp_path / name).steps == 2
+
+
+def test_the_users_codealpaca_run_has_his_log_lines(shared, root, tmp_path):
+    overrides = [
+        "model.path=builtin:tiny-qwen",
+        f"data.train={shared / 'codealpaca' / 'train.jsonl'}",
+    ]
+    recipe = load_recipe(root / "recipes" / "codealpaca.toml", overrides)
+    summary = run_recipe(recipe, tmp_path / "run")
+    records = [r for r in runs.read_records(tmp_path / "run") if isinstance(r, TrainRecord)]
+    assert summary.steps == 39
+    assert [r.step for r in records] == [10, 20, 30]
+    assert [r.epoch for r in records] == [0.8, 1.56, 2.32]
+    assert [float(f"{r.learning_rate:.4g}") for r in records] == [1.8e-4, 1.379e-4, 6.897e-5]
+
+
+def test_peak_memory_is_mlxs(finished):
+    _, summary = finished
+    assert 0 < summary.peak_memory_gb <= mx.get_peak_memory() / 1e9
+
+
+def test_the_lock_is_free_again_after_a_kill(root, tmp_path):
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(recipe_of(root, train__epochs=1000).to_toml())
+    command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), "--run-dir"]
+    path = tmp_path / "run"
+    process = subprocess.Popen([*command, str(path)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (path / "checkpoints").is_dir() or not any((path / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(RunError, match=f"process {process.pid}"):
+        run_recipe(load_recipe(recipe), path, resume=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run, checkpoint = runs.Run.resume(path)
+    run.close()
+    assert checkpoint.step > 0
