@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from mlx_tuner import peer_names
 from mlx_tuner.errors import RecipeError
-from mlx_tuner.recipe import MAX_RECIPE_BYTES, TABLES, LoraTable, Recipe, load_recipe, parse_recipe
+from mlx_tuner.recipe import MAX_RECIPE_BYTES, TABLES, Recipe, load_recipe, parse_recipe
 from mlx_tuner.toml_lines import NestingError, key_lines
 
 MINIMAL = """\
@@ -98,7 +98,7 @@ def test_a_minimal_recipe_has_the_documented_defaults() -> None:
 
 
 def test_scale_is_alpha_over_rank() -> None:
-    assert LoraTable(rank=8, alpha=20).scale == 2.5
+    assert parse(MINIMAL, "lora.rank=8", "lora.alpha=20").lora.scale == 2.5
 
 
 def test_a_whole_number_stands_for_a_float_but_not_the_other_way_round() -> None:
@@ -110,7 +110,7 @@ def test_a_whole_number_stands_for_a_float_but_not_the_other_way_round() -> None
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = parse(MINIMAL)
     with pytest.raises(ValidationError):
-        recipe.lora.rank = 3  # type: ignore[misc]
+        recipe.lora.rank = 3
     with pytest.raises(AttributeError):
         recipe.name = "b"  # type: ignore[misc]
 
