@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_tuner.errors import Fault, RecipeError, RunError, TunerError
-from mlx_tuner.metrics import JsonFields, Record, TrainRecord, best_evaluation
+from mlx_tuner.metrics import JsonFields, Record, TrainRecord, best_evaluation, reduction_percent
 from mlx_tuner.recipe import load_recipe
 from mlx_tuner.run import RECIPE, is_run, is_running, read_records, read_summary
 from mlx_tuner.terminal import duration, rate
@@ -131,7 +131,7 @@ def _facts(path: Path, name: str, records: Sequence[Record]) -> RunFacts:
         epochs=max((record.epoch for record in records), default=0.0),
         first_loss=first.loss if first else None,
         final_loss=last.loss if last else None,
-        loss_reduction_percent=100 * (1 - last.loss / first.loss) if first and last else None,
+        loss_reduction_percent=reduction_percent(first.loss, last.loss) if first and last else None,
         samples_per_second=last.samples_per_second if last else None,
         tokens_per_second=last.tokens_per_second if last else None,
         runtime_seconds=last.elapsed_seconds if last else None,

@@ -269,7 +269,7 @@ class Meter:
             train_loss=done.loss,
             first_loss=first,
             final_loss=final,
-            loss_reduction_percent=100 * (first - final) / first if first else math.nan,
+            loss_reduction_percent=reduction_percent(first, final),
             best_step=best.step if best else None,
             best_val_loss=best.val_loss if best else None,
             runtime_seconds=self.elapsed_seconds,
@@ -312,6 +312,11 @@ class Meter:
 
 
 FINISHED, STOPPED_EARLY, STOPPED = "finished", "stopped early", "stopped"
+
+
+def reduction_percent(first: float, final: float) -> float:
+    """By how much `final` is less than `first`; not-a-number where that means nothing."""
+    return 100 * (first - final) / first if first else math.nan
 
 
 def _rate(amount: float, per: float) -> float:

@@ -224,8 +224,8 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 def _mark_epochs(axes: Axes, records: Sequence[Record]) -> None:
     """Faint lines where epochs end; of many epochs, some."""
     step, epoch = max(((r.step, r.epoch) for r in records), default=(0, 0.0))
-    every = math.ceil(epoch / _MOST_EPOCHS_MARKED)
-    for number in range(every, math.floor(epoch + 1e-6) + 1, every or 1):
+    every = max(1, math.ceil(epoch / _MOST_EPOCHS_MARKED))
+    for number in range(every, math.floor(epoch + 1e-6) + 1, every):
         end = step * number / epoch
         axes.axvline(end, color="#CCCCCC", linestyle=":", linewidth=1.2, zorder=0)
         axes.annotate(

@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -33,8 +34,8 @@ class _Task:
 
     description: str
     total: int | None
+    started: float
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
     spinner: Spinner | None = None
 
 
@@ -56,13 +57,16 @@ class Display:
 
     Nothing that happens to standard error stops the command: not a reader that leaves, nor an
     encoding without the characters.
+
+    Args:
+        stream: where to, instead of standard error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._tasks: list[_Task] = []
         self._training: _Task | None = None
         self._steps: deque[_Step] = deque(maxlen=_RECENT_STEPS)
-        self._console = console(sys.stderr)
+        self._console = console(stream or sys.stderr)
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(
@@ -111,7 +115,7 @@ class Display:
                 f"trainable ({share:.4f} %)",
             )
         )
-        self._training = _Task(name, total_steps, done=first_step)
+        self._training = _Task(name, total_steps, time.monotonic(), done=first_step)
 
     def step(
         self,
@@ -161,7 +165,7 @@ class Display:
 
         The value is to be called with what has been done since the last call.
         """
-        task = _Task(description, total)
+        task = _Task(description, total, time.monotonic())
         said = task.started
         if not self._live and not self._training:
             self._print(Text(f"{description} …"))

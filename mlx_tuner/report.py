@@ -246,6 +246,6 @@ def _files(summary: Summary, run: Path) -> RenderableType:
     grid.add_row(Text("next", "bold"), "")
     if summary.status == STOPPED:
         grid.add_row(Text(f"mlx-tune run {place}/recipe.toml --run-dir {place} --resume"), "go on")
-    grid.add_row(Text(f'mlx-tune generate {place} "…"'), "ask the tuned model")
-    grid.add_row(Text(f"mlx-tune compare {place} …"), "beside other runs")
+    grid.add_row(Text(f"mlx-tune generate {place} PROMPT"), "ask the tuned model")
+    grid.add_row(Text(f"mlx-tune compare {place} OTHER"), "beside other runs")
     return grid
