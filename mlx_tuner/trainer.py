@@ -153,10 +153,13 @@ class Trainer:
             if outside:
                 debt = tree_map(mx.add, debt, owed)
             losses.append(loss)
-            # Start on this micro-batch while the next one's graph is built.
-            mx.async_eval(total, loss, debt)
+            self.start(loss, total, debt)
         self._set(parameters)
         return mx.stack(losses).sum(), total
+
+    def start(self, loss: mx.array, gradient: mx.array, debt: list[KeysValues]) -> None:
+        """Start on a micro-batch while the next one's graph is built. (A bench waits instead.)"""
+        mx.async_eval(gradient, loss, debt)
 
     def _loss(
         self,
