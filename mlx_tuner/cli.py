@@ -13,7 +13,7 @@ import click
 
 from mlx_tuner import __version__
 from mlx_tuner.errors import RunStopped, TunerError, UsageError
-from mlx_tuner.terminal import SafeStream, console
+from mlx_tuner.terminal import console, safe
 
 if TYPE_CHECKING:
     from mlx_tuner.recipe import Recipe
@@ -212,5 +212,5 @@ def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
     if as_json:
         click.echo(json.dumps({**comparison.to_json(), "plot": str(plot)}, indent=2))
     else:
-        click.echo(comparison.to_markdown(), file=SafeStream(sys.stdout))
+        click.echo(comparison.to_markdown(), file=safe(sys.stdout))
         click.echo(f"plot: {plot}", err=True)
