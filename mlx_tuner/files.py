@@ -114,7 +114,8 @@ def staging(directory: Path) -> Iterator[Path]:
         raise UsageError(
             Fault(str(directory), "", "is there already; choose another folder or remove this one")
         )
-    temporary = directory.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    target = directory.resolve()  # which has a name and a parent, unlike "."
+    temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     with _faults_named(directory):
         try:
             make_folder(temporary)
@@ -125,7 +126,7 @@ def staging(directory: Path) -> Iterator[Path]:
             write_text(temporary / MANIFEST, _manifest({n: _entry(p) for n, p in files.items()}))
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
                 _sync(folder)
-            _rename(temporary, directory)
+            _rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

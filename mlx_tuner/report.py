@@ -19,7 +19,7 @@ from mlx_tuner.terminal import duration, plural, rate, scientific
 from mlx_tuner.verdict import Kind, judge
 
 _TRAIN, _VALID, _BEST = "cyan", "yellow", "bold green"
-_MOST_ROWS = 16
+_MOST_ROWS = 20
 """Of the trajectory: longer ones are thinned."""
 _VERDICT_STYLES: dict[Kind, str] = {
     "worse than base": "bold red",

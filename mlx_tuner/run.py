@@ -22,6 +22,7 @@ SUMMARY = "summary.json"
 LOSS_PLOT = "loss.png"
 GRAD_NORM_PLOT = "grad_norm.png"
 CHECKPOINTS = "checkpoints"
+QUARANTINE = "quarantine.jsonl"
 STATE = "state.json"
 _LOCK = ".lock"
 _OURS = (
@@ -30,6 +31,7 @@ _OURS = (
     RECIPE,
     METRICS,
     DISCARDED,
+    QUARANTINE,
     SUMMARY,
     LOSS_PLOT,
     GRAD_NORM_PLOT,

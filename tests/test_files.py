@@ -230,6 +230,19 @@ def test_a_folder_that_has_something_in_it_is_never_replaced(tmp_path):
     assert files.verify(tmp_path / "empty") == []
 
 
+def test_an_empty_current_folder_and_a_link_to_an_empty_one_can_be_filled(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with files.staging(Path()) as folder:
+        (folder / "x").write_text("new")
+    assert files.verify(tmp_path / "here") == []
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with files.staging(tmp_path / "link") as folder:
+        (folder / "x").write_text("new")
+    assert files.verify(tmp_path / "there") == []
+
+
 def test_what_fills_up_while_it_is_staged_is_not_replaced_either(tmp_path):
     target = tmp_path / "target"
     with pytest.raises(RunError), files.staging(target) as folder:  # noqa: PT012

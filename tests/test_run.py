@@ -73,7 +73,8 @@ def test_overwriting_removes_the_run_and_leaves_what_is_not_ours(tmp_path):
         run.append(train_record(1))
         run.save_checkpoint(1, writer("old"), {})
         run.publish(writer("old"))
-        (run.path / "loss.png").write_text("old")
+        for name in ("loss.png", "quarantine.jsonl"):
+            (run.path / name).write_text("old")
         (run.path / "notes.txt").write_text("mine")
     Run.create(tmp_path / "run", "new", overwrite=True).close()
     left = content(run.path)
