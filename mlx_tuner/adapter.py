@@ -22,6 +22,7 @@ from mlx.utils import tree_unflatten
 from mlx_tuner import files
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.lora import LoRALinear, dimensions
+from mlx_tuner.model_files import read_json
 from mlx_tuner.tensors import TensorInfo, read_header
 
 CONFIG = "adapter_config.json"
@@ -152,7 +153,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 def _read_mlx(directory: Path) -> Adapter:
     path = directory / CONFIG
-    config = read_json(path)
+    config = read_config(directory)
     if (kind := config.get("fine_tune_type", "lora")) != "lora":
         raise ModelError(Fault(str(path), "fine_tune_type", f"{kind!r}; only 'lora' is supported"))
     parameters = config.get("lora_parameters")
@@ -268,21 +269,16 @@ def load_tensors(
     return tensors, note if isinstance(note, dict) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_config(directory: Path) -> dict[str, Any]:
+    """The folder's ``adapter_config.json``.
 
     Raises:
-        ModelError: it is missing or no JSON object.
+        ModelError: it is missing or broken.
     """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(Fault(str(path), "", "missing")) from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(Fault(str(path), "", f"unreadable: {error}")) from None
-    if not isinstance(value, dict):
-        raise ModelError(Fault(str(path), "", "must be a JSON object"))
-    return value
+    path = directory / CONFIG
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        raise ModelError(Fault(str(path), "", "missing, or not a regular file"))
+    return read_json(path)
 
 
 def number(path: Path, field: str, value: Any) -> float:

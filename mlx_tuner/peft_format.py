@@ -66,7 +66,8 @@ def write_peft(directory: Path, adapter: Adapter) -> None:
 
 def _folded(adapter: Adapter) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Any] | None]:
     """The adapter with `lora_alpha = r`: its config, tensors and note."""
-    tensors, steps = {}, {}
+    tensors: dict[str, mx.array] = {}
+    steps: dict[str, str | None] = {}
     for path in adapter.modules:
         b = adapter.tensors[f"{path}.lora_b"]
         folded, steps[path] = _fold(b, adapter.scale)
@@ -155,7 +156,7 @@ def read_peft(directory: Path) -> Adapter:
             other; all faults of the tensors at once.
     """
     path = directory / CONFIG
-    config = adapters.read_json(path)
+    config = adapters.read_config(directory)
     _check_config(config, path)
     header = read_header(directory / WEIGHTS)
     tensors, note = adapters.load_tensors(
@@ -177,6 +178,8 @@ def read_peft(directory: Path) -> Adapter:
 
 def _restored(folded: Adapter, note: Mapping[str, Any]) -> Adapter | None:
     """The adapter that `_folded` wrote with this note, or None if it would write another one."""
+    if folded.scale != 1.0:
+        return None
     try:
         where = folded.folder or Path(CONFIG)
         scale = number(where, "scale", note["scale"])

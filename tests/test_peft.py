@@ -1,0 +1,352 @@
+"""PEFT's format in and out: PEFT on torch is the judge of what an adapter computes."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.utils import load_model
+from tiny_models import equal, make_adapter, make_model
+
+from mlx_tuner.adapter import Adapter, apply, read_adapter, write_adapter
+from mlx_tuner.errors import ModelError
+from mlx_tuner.peft_format import write_peft
+
+# PEFT and transformers warn about each other.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+IDS = [[5, 300, 17, 999, 2, 1024]]
+TOKENS = mx.array(IDS)
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def peft(torch):
+    return pytest.importorskip("peft")
+
+
+@pytest.fixture
+def torch_base(base, torch):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def logits_of(base, adapter):
+    model = load_model(base)[0]
+    apply(model, adapter)
+    return np.array(model(TOKENS))
+
+
+def torch_logits(torch, model):
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def make_peft(torch, peft, torch_base, folder, *, dtype="float32", seed=0, **config):
+    """A PEFT adapter made by PEFT, with factors as after training; returns its logits."""
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | config
+    model = peft.get_peft_model(torch_base, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.data = noise.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    return torch_logits(torch, model.float())
+
+
+# ---- ours to PEFT --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "num_layers", "targets"),
+    [(2.0, None, "all-linear"), (2.7, 2, ["q_proj", "o_proj"]), (1.0, 1, ["up_proj"])],
+)
+def test_peft_gives_our_adapters_logits(
+    base, torch, peft, torch_base, tmp_path, scale, num_layers, targets
+):
+    adapter = make_adapter(
+        load_model(base)[0], base, scale=scale, targets=targets, num_layers=num_layers
+    )
+    write_peft(tmp_path, adapter)
+    loaded = peft.PeftModel.from_pretrained(torch_base, tmp_path)
+    assert len(loaded.targeted_module_names) == len(adapter.modules)
+    theirs = torch_logits(torch, loaded)
+    assert np.abs(theirs - logits_of(base, adapter)).max() < 1e-4
+    assert np.abs(theirs - np.array(load_model(base)[0](TOKENS))).max() > 0.01
+
+
+def test_alpha_is_the_rank_and_an_integer(base, tmp_path):
+    write_peft(tmp_path, make_adapter(load_model(base)[0], base, scale=20.0))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    assert type(config["lora_alpha"]) is int
+    assert config["layers_to_transform"] is None
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert config["base_model_name_or_path"] == str(base)
+
+
+def test_the_last_blocks_are_listed_by_their_numbers(base, tmp_path):
+    write_peft(tmp_path, make_adapter(load_model(base)[0], base, num_layers=2))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["layers_to_transform"] == [1, 2]
+
+
+def test_modules_that_differ_between_blocks_are_listed_by_their_paths(
+    base, torch, peft, torch_base, tmp_path
+):
+    adapter = make_adapter(load_model(base)[0], base, targets=["q_proj", "v_proj"])
+    left_out = "model.layers.1.self_attn.v_proj"
+    kept = {n: t for n, t in adapter.tensors.items() if not n.startswith(left_out)}
+    adapter = replace(adapter, tensors=kept)
+    write_peft(tmp_path, adapter)
+    loaded = peft.PeftModel.from_pretrained(torch_base, tmp_path)
+    assert sorted(loaded.targeted_module_names) == sorted(adapter.modules)
+    assert np.abs(torch_logits(torch, loaded) - logits_of(base, adapter)).max() < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.5, 20.0, 2.7, 1 / 3, 1e-3, -3.0])
+def test_exporting_and_importing_gives_the_adapter_bit_for_bit(base, tmp_path, scale):
+    adapter = make_adapter(load_model(base)[0], base, scale=scale, num_layers=2)
+    adapter = replace(adapter, revision="abc", dropout=0.125)
+    write_peft(tmp_path, adapter)
+    read = read_adapter(tmp_path)
+    assert equal(read.tensors, dict(adapter.tensors))
+    assert replace(read, tensors={}, folder=None) == replace(adapter, tensors={})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scale=st.floats(1e-3, 1e3).filter(lambda x: x != 1),
+    values=st.lists(st.floats(-100, 100, width=32), min_size=8, max_size=8),
+)
+def test_any_scale_and_values_survive_export_and_import(tmp_path_factory, scale, values):
+    values = np.array(values, np.float32)
+    values[np.abs(values) < 1e-30] = 0
+    path = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{path}.lora_a": mx.ones((3, 2)), f"{path}.lora_b": mx.array(values).reshape(2, 4)}
+    folder = tmp_path_factory.mktemp("peft")
+    write_peft(folder, Adapter(tensors, rank=2, scale=scale))
+    read = read_adapter(folder)
+    assert read.scale == scale
+    assert equal(read.tensors, tensors)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "[]",
+        "{",
+        '{"scale": 0}',
+        '{"scale": 3.0, "num_layers": 3, "revision": null, "fingerprint": null, "steps": {}}',
+        '{"scale": 2.0, "num_layers": 3, "revision": 5, "fingerprint": null, "steps": {}}',
+        '{"scale": 2.7, "num_layers": 3, "revision": null, "fingerprint": null, '
+        '"steps": {"STEPS": "eJw="}}',
+    ],
+)
+def test_a_note_that_does_not_belong_to_the_tensors_changes_nothing(base, tmp_path, note):
+    """Such as after training on with PEFT, or by someone who means harm."""
+    model = load_model(base)[0]
+    write_peft(tmp_path, make_adapter(model, base, scale=2.7, targets=["q_proj"]))
+    path = str(tmp_path / "adapter_model.safetensors")
+    tensors = dict(mx.load(path))
+    mx.eval(tensors)
+    note = note.replace("STEPS", "model.layers.0.self_attn.q_proj")
+    mx.save_safetensors(path, tensors, {"format": "pt", "mlx_tuner": note})
+    read = read_adapter(tmp_path)
+    module = read.modules[0]
+    b = np.array(read.tensors[f"{module}.lora_b"]) * np.float32(read.scale)
+    assert np.array_equal(b, np.array(tensors[f"base_model.model.{module}.lora_B.weight"]).T)
+
+
+def test_a_changed_alpha_is_obeyed_and_not_undone(base, tmp_path):
+    adapter = make_adapter(load_model(base)[0], base, scale=2.5)
+    write_peft(tmp_path, adapter)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 8}))
+    read = read_adapter(tmp_path)
+    doubled = replace(adapter, scale=5.0)
+    assert np.abs(logits_of(base, read) - logits_of(base, doubled)).max() < 1e-4
+
+
+# ---- PEFT to ours --------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 5},
+    "fractional": {"lora_alpha": 3, "r": 7},
+    "patterns": {
+        "rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 6},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, r".*\.2\..*v_proj": 5},
+    },
+    "rslora-patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"v_proj": 7},
+    },
+    "some-layers": {"layers_to_transform": [0, 2]},
+    "one-layer": {"layers_to_transform": 1},
+    "regex-targets": {"target_modules": r".*\.[12]\.self_attn\.(q|k)_proj"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16-patterns": {"dtype": "float16", "rank_pattern": {"v_proj": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_peft_made_is_imported_with_its_logits(
+    base, torch, peft, torch_base, tmp_path, kind
+):
+    theirs = make_peft(torch, peft, torch_base, tmp_path / "peft", **KINDS[kind])
+    write_adapter(tmp_path / "ours", read_adapter(tmp_path / "peft"))
+    imported = read_adapter(tmp_path / "ours")
+    assert np.abs(logits_of(base, imported) - theirs).max() < 1e-4
+    # mlx-lm reads the same folder.
+    model = load_model(base)[0]
+    from mlx_lm.utils import load_adapters
+
+    assert (
+        np.abs(np.array(load_adapters(model, str(tmp_path / "ours"))(TOKENS)) - theirs).max() < 1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_importing_and_exporting_gives_pefts_files_bit_for_bit(
+    base, torch, peft, torch_base, tmp_path, kind
+):
+    make_peft(torch, peft, torch_base, tmp_path / "peft", **KINDS[kind])
+    write_adapter(tmp_path / "ours", read_adapter(tmp_path / "peft"))
+    write_peft(tmp_path / "again", read_adapter(tmp_path / "ours"))
+    load = lambda name: mx.load(str(tmp_path / name / "adapter_model.safetensors"))  # noqa: E731
+    assert equal(load("again"), load("peft"))
+    config = lambda name: json.loads((tmp_path / name / "adapter_config.json").read_text())  # noqa: E731
+    assert config("again") == config("peft")
+
+
+def test_an_imported_adapter_that_was_changed_is_exported_as_it_is_now(
+    base, torch, peft, torch_base, tmp_path
+):
+    make_peft(torch, peft, torch_base, tmp_path / "peft", **KINDS["patterns"])
+    imported = read_adapter(tmp_path / "peft")
+    rank = imported.rank
+    changed = replace(
+        imported, tensors={name: tensor + 0.25 for name, tensor in imported.tensors.items()}
+    )
+    write_peft(tmp_path / "again", changed)
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (rank, rank, {})
+    assert (
+        np.abs(logits_of(base, read_adapter(tmp_path / "again")) - logits_of(base, changed)).max()
+        < 1e-4
+    )
+
+
+def test_ranks_that_differ_are_padded_with_zeros(torch, peft, torch_base, tmp_path):
+    make_peft(torch, peft, torch_base, tmp_path, rank_pattern={"down_proj": 2})
+    read = read_adapter(tmp_path)
+    assert read.rank == 4
+    # down_proj's own scale is 8 / 2, the others' 8 / 4.
+    assert read.scale == 2.0
+    assert not mx.any(read.tensors["model.layers.0.mlp.down_proj.lora_a"][:, 2:])
+    assert not mx.any(read.tensors["model.layers.0.mlp.down_proj.lora_b"][2:])
+    theirs = mx.load(str(tmp_path / "adapter_model.safetensors"))
+    b = theirs["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
+    assert mx.array_equal(read.tensors["model.layers.0.mlp.down_proj.lora_b"][:2], 2 * b.T)
+
+
+def test_rank_stabilised_scaling_is_over_the_square_root(torch, peft, torch_base, tmp_path):
+    make_peft(torch, peft, torch_base, tmp_path, use_rslora=True, r=8, lora_alpha=16)
+    assert read_adapter(tmp_path).scale == 16 / math.sqrt(8)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    write_peft(tmp_path, make_adapter(load_model(base)[0], base, targets=["q_proj"]))
+    return tmp_path
+
+
+def faults_of(folder):
+    with pytest.raises(ModelError) as raised:
+        read_adapter(folder)
+    return "\n".join(map(str, raised.value.faults))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: 'IA3'; only 'LORA' is supported"),
+        ({"use_dora": True}, "use_dora: is set, which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: is set"),
+        ({"bias": "all"}, "bias: 'all' trains biases"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base's weights"),
+        ({"r": 8}, "q_proj.lora_A.weight: rank 4, but adapter_config.json says 8"),
+        ({"r": None}, "r: must be a whole number from 1 up, not None"),
+        ({"lora_alpha": None}, "lora_alpha: must be a number, not None"),
+        ({"lora_alpha": "16"}, "lora_alpha: must be a number, not '16'"),
+        ({"target_modules": ["v_proj"]}, "adapts a module that target_modules"),
+        ({"layers_to_transform": [0]}, "layers.1.self_attn.q_proj.lora_A.weight: adapts a module"),
+        ({"layers_to_transform": "all"}, "layers_to_transform: must be a list of numbers"),
+        ({"rank_pattern": [1]}, "rank_pattern: must be a table"),
+        ({"rank_pattern": {"q_proj": 0}}, "r: must be a whole number from 1 up, not 0"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: the pattern '(' is too complicated"),
+        ({"alpha_pattern": {"(a+)+$": 4}}, "too complicated"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 4}}, "too complicated"),
+        ({"alpha_pattern": {"[z-a]": 4}}, "alpha_pattern: '[z-a]': bad character range"),
+    ],
+)  # fmt: skip
+def test_a_config_that_cannot_be_followed_is_refused(folder, changes, said):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert said in faults_of(folder)
+
+
+def test_every_unusable_tensor_is_named_at_once(folder):
+    path = str(folder / "adapter_model.safetensors")
+    tensors = dict(mx.load(path))
+    mx.eval(tensors)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    del tensors[f"{prefix}.lora_B.weight"]
+    tensors[f"{prefix}.lora_magnitude_vector"] = mx.zeros((32,))
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = mx.zeros((4, 32))
+    tensors["base_model.model.lm_head.lora_A.weight"] = mx.zeros((4, 32))
+    tensors["base_model.model.model.layers.0.q.lora_A.weight"] = mx.zeros((4, 32, 2))
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.bias"] = mx.zeros((32,))
+    mx.save_safetensors(path, tensors)
+    faults = faults_of(folder)
+    for said in (
+        f"{prefix}.lora_A.weight: there is no {prefix}.lora_B.weight",
+        "lora_magnitude_vector: the magnitude of a DoRA adapter",
+        "embed_tokens.lora_embedding_A: adapts an embedding",
+        "lm_head.lora_A.weight: adapts a module outside the blocks",
+        "layers.0.q.lora_A.weight: adapts stacked experts",
+        "q_proj.bias: not named base_model.model.",
+    ):
+        assert said in faults
+
+
+def test_a_pickled_adapter_is_refused_unread(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert re.search(
+        r"adapter_model.bin may run code when it is read; save .* again", faults_of(folder)
+    )
