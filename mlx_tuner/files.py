@@ -103,6 +103,14 @@ def sync(path: Path) -> None:
 # ---- a folder ----------------------------------------------------------------------------------
 
 
+def require_new(directory: Path) -> None:
+    """Refuse a folder for results that exists and is not empty, before any work is done."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(
+            Fault(str(directory), "", "is there already; choose another folder or remove this one")
+        )
+
+
 @contextmanager
 def staging(directory: Path) -> Iterator[Path]:
     """A temporary folder beside `directory`; once filled and flushed, it becomes `directory`.
@@ -110,10 +118,7 @@ def staging(directory: Path) -> Iterator[Path]:
     `MANIFEST.json`, with the size and SHA-256 of every file, is written last. `directory` must not
     exist, or be empty. After an exception in the block nothing is left.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(
-            Fault(str(directory), "", "is there already; choose another folder or remove this one")
-        )
+    require_new(directory)
     target = directory.resolve()  # which has a name and a parent, unlike "."
     temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     with _faults_named(directory):
