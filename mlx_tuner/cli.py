@@ -181,6 +181,62 @@ def generate(
 
 
 @main.command()
+@click.argument("model")
+@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="Bits a weight.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale when quantised.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of what is not quantised. Default: what the model's config says.",
+)
+@click.option("--revision", help="Commit, tag or branch of a Hub model.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
+@click.option("--push", metavar="OWNER/NAME", help="Upload the folder as a private Hub model.")
+def convert(
+    model: str,
+    output: Path,
+    bits: str | None,
+    group_size: str,
+    dtype: str | None,
+    revision: str | None,
+    no_verify: bool,
+    push: str | None,
+) -> None:
+    """MODEL, a Hub name or a folder, as a new MLX folder."""
+    from mlx_tuner import hub
+    from mlx_tuner.convert import convert as make
+    from mlx_tuner.progress import Display
+
+    if push:
+        hub.check_token(push)
+    with Display() as display:
+        made = make(
+            model,
+            output,
+            display,
+            bits=int(bits) if bits else None,
+            group_size=int(group_size),
+            dtype=dtype,
+            revision=revision,
+            verify=not no_verify,
+        )
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{output}: {model} in {made.form}, {made.bytes / 1e9:.2f} GB")
+    for name, value in made.check.rows() if made.check else ():
+        click.echo(f"{name:>30}  {value}")
+    if push:
+        click.echo(hub.push(output, push))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """What this machine has, what is missing, what to do."""
