@@ -53,8 +53,14 @@ class Row:
 
     def digest(self) -> bytes:
         """8 bytes that are equal for rows with the same content, however they were written."""
-        content = json.dumps([self.messages, self.tools, self.text], sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=8).digest()
+        return hashlib.blake2b(self.content(), digest_size=8).digest()
+
+    def content(self) -> bytes:
+        """What is trained on, as JSON that every row with the same content has in common."""
+        return _canonical([self.messages, self.tools, self.text]).encode()
+
+
+_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
 
 def parse_row(raw: bytes, *, where: str) -> Row:
@@ -226,6 +232,8 @@ def _bad_syntax(raw: bytes, where: str, error: json.JSONDecodeError) -> Fault:
 
 
 def _syntax_in_words(error: json.JSONDecodeError) -> str:
+    if not error.doc.strip():
+        return "nothing between two commas of the array; remove one"
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
     if error.msg == "Extra data":
         if after.startswith(","):
