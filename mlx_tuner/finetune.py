@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,12 +23,19 @@ from mlx_tuner.metrics import FINISHED, STOPPED, STOPPED_EARLY, EvalRecord, Mete
 from mlx_tuner.optimizer import State
 from mlx_tuner.progress import Display
 from mlx_tuner.recipe import Recipe, load_recipe
-from mlx_tuner.run import GRAD_NORM_PLOT, LOSS_PLOT, RECIPE, Checkpoint, Run, read_records
+from mlx_tuner.run import (
+    GRAD_NORM_PLOT,
+    LOSS_PLOT,
+    QUARANTINE,
+    RECIPE,
+    Checkpoint,
+    Run,
+    read_records,
+)
 from mlx_tuner.stream import prefetch
 from mlx_tuner.trainer import StepResult, Trainer, train
 
 OPTIMIZER = "optimizer.safetensors"
-QUARANTINE = "quarantine.jsonl"
 
 NONFINITE_LIMIT = 3
 """Steps in a row without a finite loss and gradient that end a run."""
@@ -172,8 +181,9 @@ class _Session:
             self.display.note(f"{self.trainer.model.model_type}: rows are padded to like lengths")
         for note in self.data.train.notes:
             self.display.note(note)
-        for entry in self.data.train.quarantined:
-            files.append_line(self.run.path / QUARANTINE, entry.to_json())
+        entries = [json.dumps(entry) + "\n" for entry in self.data.train.quarantined]
+        if entries:
+            files.write_text(self.run.path / QUARANTINE, "".join(entries))
 
     def _steps(self) -> Iterator[StepResult]:
         """Train step after step and count each one in."""
@@ -223,7 +233,8 @@ class _Session:
         with self.display.task("evaluating"):
             loss = self.trainer.evaluate(in_order(self.data.valid))
         progress, record = self.progress, EvalRecord(self.progress.step, self._epoch, loss)
-        best = progress.step > 0 and not loss >= (progress.best_val_loss or float("inf"))
+        lowest = math.inf if progress.best_val_loss is None else progress.best_val_loss
+        best = progress.step > 0 and loss < lowest
         self.run.append(record)
         self.display.record(record, best=best)
         if best:
@@ -304,11 +315,8 @@ class _Session:
             peak_memory_gb=peak_memory_gb(),
         )
         with self.display.task("drawing the plots"):
-            best_step = best.step if best else None
-            with files.replacing(self.run.path / LOSS_PLOT) as path:
-                plots.loss_curve(path, records, best_step)
-            with files.replacing(self.run.path / GRAD_NORM_PLOT) as path:
-                plots.grad_norm_curve(path, records)
+            plots.loss_curve(self.run.path / LOSS_PLOT, records, best.step if best else None)
+            plots.grad_norm_curve(self.run.path / GRAD_NORM_PLOT, records)
         self.run.write_summary(summary)
         return summary
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_tuner import lora
 from mlx_tuner.batching import MicroBatch
 from mlx_tuner.lanes import lanes
 
@@ -150,7 +151,7 @@ def _rest_of_block(block: nn.Module, x: mx.array, attended: mx.array) -> mx.arra
 
 def _project(attention: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values, each (N, heads · head size), normed where the family norms them."""
-    q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    q, k, v = lora.project([attention.q_proj, attention.k_proj, attention.v_proj], x)
     if "q_norm" in attention:
         size = attention.q_norm.weight.size
         q = attention.q_norm(q.reshape(-1, size)).reshape(q.shape)
@@ -214,7 +215,7 @@ class Slots:
 def _mlp(mlp: nn.Module, x: mx.array) -> mx.array:
     if "gate_proj" not in mlp:
         return mlp(x)  # a mixture of experts
-    return mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+    return mlp.down_proj(swiglu(*lora.project([mlp.gate_proj, mlp.up_proj], x)))
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Literal
 
 import mlx.core as mx
@@ -56,8 +57,11 @@ class LoRALinear(nn.Module):
 
     def delta(self, x: mx.array) -> mx.array:
         """The adapter's own part of the output, (…, I) to (…, O)."""
-        z = self.drop(x) @ self.lora_a.astype(x.dtype)
-        return (self.scale * z) @ self.lora_b.astype(x.dtype)
+        return self.expand(self.drop(x) @ self.lora_a.astype(x.dtype))
+
+    def expand(self, z: mx.array) -> mx.array:
+        """``scale · B z``, (…, r) to (…, O)."""
+        return (self.scale * z) @ self.lora_b.astype(z.dtype)
 
     def drop(self, x: mx.array) -> mx.array:
         """Inverted dropout while training, from the key that `set_dropout_key` gave."""
@@ -80,6 +84,24 @@ class LoRALinear(nn.Module):
         if "bias" in self.linear:
             fused.bias = self.linear.bias.astype(dtype or self.linear.bias.dtype)
         return fused
+
+
+def project(layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
+    """The outputs of several linear layers for one input (N, I).
+
+    Their adapters read the input once for all A matrices. With dropout each has an input of its
+    own, and layers without an adapter have nothing to share.
+    """
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    if len(adapted) < 2 or any(layer.dropout and layer.training for layer in adapted):
+        return [layer(x) for layer in layers]
+    ends = list(accumulate(layer.lora_a.shape[1] for layer in adapted))
+    factors = mx.concatenate([layer.lora_a for layer in adapted], axis=1).astype(x.dtype)
+    inner = dict(zip(map(id, adapted), mx.split(x @ factors, ends[:-1], axis=-1), strict=True))
+    return [
+        layer.linear(x) + layer.expand(inner[id(layer)]) if id(layer) in inner else layer(x)
+        for layer in layers
+    ]
 
 
 def dimensions(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
