@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 CARD = "README.md"
 
-_DROPPED = {*CODE_KEYS, "_name_or_path", "vision_config"}  # mlx-lm converts the language model
+DROPPED = {*CODE_KEYS, "_name_or_path", "vision_config"}  # mlx-lm converts the language model
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 PROMPT = '''def fibonacci(n):
@@ -132,11 +132,11 @@ def convert(
         what = f"lies in the model's own folder {source.folder}; choose another"
         raise UsageError(Fault(str(output), "", what))
     work = _Work(source, dtype, bits, group_size)
-    _require_space(output, work.bytes)
+    require_space(output, work.bytes)
     with files.staging(output) as folder:
         with display.task(f"converting {model} to {work.form}", work.bytes) as advance:
             write_weights(folder, work.weights, work.compute, advance)
-        _copy_companions(source.folder, folder)
+        copy_companions(source.folder, folder)
         files.write_json(folder / CONFIG, work.config)
         check = None
         if verify:
@@ -168,7 +168,7 @@ class _Work:
         model, _ = mlx_lm_utils.load_model(source.folder, lazy=True)
         self._folder = source.folder
         self._sources = dict(tree_flatten(model.parameters()))
-        self.config = {k: v for k, v in source.config.items() if k not in _DROPPED}
+        self.config = {k: v for k, v in source.config.items() if k not in DROPPED}
         self.dtype = dtype or _config_dtype(self.config)
         if self.dtype is not None:
             _cast(model, DTYPES[self.dtype])
@@ -181,7 +181,7 @@ class _Work:
         self.form = self.dtype or "the dtypes of the source"
         self.tolerance = _TOLERANCE["exact" if lossless else self.form]
         if bits is not None:
-            self.config = _quantise(model, self.config, bits, group_size, source.folder)
+            self.config = quantise(model, self.config, bits, group_size, source.folder)
             self.form = f"{bits} bits in groups of {group_size}"
             self.tolerance = _TOLERANCE[bits]
         self.weights = dict(tree_flatten(model.parameters()))
@@ -231,7 +231,7 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     )
 
 
-def _quantise(
+def quantise(
     model: nn.Module, config: dict[str, Any], bits: int, group_size: int, folder: Path
 ) -> dict[str, Any]:
     """Quantise the model's layers; returns the config that says so."""
@@ -258,7 +258,8 @@ def _quantise(
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _require_space(output: Path, needed: int) -> None:
+def require_space(output: Path, needed: int) -> None:
+    """Refuse to begin what will not fit on the disk of `output`; `needed` is in bytes."""
     place = next(path for path in output.parents if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -266,7 +267,7 @@ def _require_space(output: Path, needed: int) -> None:
         raise RunError(Fault(str(output), "", what))
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Copy what a model needs besides config and weights, without any mention of code."""
     for name in COMPANIONS:
         path = source / name
@@ -324,6 +325,15 @@ def compare_logits(source: Path, result: Path) -> Check:
 
 def _logits(folder: Path, tokens: list[int]) -> np.ndarray:
     """Logits (tokens, vocabulary) in float32, whatever the weights are."""
+    model = load_in_float32(folder)
+    logits = model(mx.array([tokens]))[0]
+    # With nobody else holding the weights, each is freed as soon as the graph is past it.
+    del model
+    return np.array(logits)
+
+
+def load_in_float32(folder: Path) -> nn.Module:
+    """The model of a checked folder, dense and in float32, whose weights are not read yet."""
     model, _ = mlx_lm_utils.load_model(folder, lazy=True)
     model.update(
         tree_map(
@@ -331,10 +341,7 @@ def _logits(folder: Path, tokens: list[int]) -> np.ndarray:
             model.parameters(),
         )
     )
-    logits = mlx_lm_utils.dequantize_model(model)(mx.array([tokens]))[0]
-    # With nobody else holding the weights, each is freed as soon as the graph is past it.
-    del model
-    return np.array(logits)
+    return mlx_lm_utils.dequantize_model(model)
 
 
 def _perplexity(logits: np.ndarray, tokens: list[int]) -> float:
