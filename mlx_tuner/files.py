@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,12 @@ def staging(directory: Path) -> Iterator[Path]:
             make_folder(temporary)
             yield temporary
             files = _files_below(temporary)
-            for path in files.values():
-                _sync(path)
-            write_text(temporary / MANIFEST, _manifest({n: _entry(p) for n, p in files.items()}))
+            with ThreadPoolExecutor() as pool:  # one part of the machine hashes, another flushes
+                entries = pool.map(_entry, files.values())
+                for path in files.values():
+                    _sync(path)
+                listed = dict(zip(files, entries, strict=True))
+            write_text(temporary / MANIFEST, _manifest(listed))
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
                 _sync(folder)
             _rename(temporary, target)
