@@ -334,7 +334,11 @@ def _logits(folder: Path, tokens: list[int]) -> np.ndarray:
 
 def load_in_float32(folder: Path) -> nn.Module:
     """The model of a checked folder, dense and in float32, whose weights are not read yet."""
-    model, _ = mlx_lm_utils.load_model(folder, lazy=True)
+    return in_float32(mlx_lm_utils.load_model(folder, lazy=True)[0])
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The same model, dense and in float32; nothing is computed yet."""
     model.update(
         tree_map(
             lambda v: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v,
