@@ -1,0 +1,241 @@
+"""What keeps the package readable: data flows one way, one module prints, one module writes."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import mlx_tuner
+
+PACKAGE = Path(mlx_tuner.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+
+NUMERICS = {"lora", "forward", "loss", "optimizer", "batching", "trainer", "lanes"}
+HEAVY = {"mlx", "mlx_lm", "transformers", "matplotlib", "huggingface_hub", "numpy", "torch"}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+
+
+def imported(module: str) -> set[str]:
+    """Full names of what a module imports anywhere, such as "mlx_tuner.errors" or "mlx.core"."""
+    names = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names.add(str(node.module))
+    return names
+
+
+def imports_of_ours(module: str) -> set[str]:
+    names = (name.split(".") for name in imported(module) if name.startswith("mlx_tuner."))
+    return {name[1] for name in names} & set(MODULES)
+
+
+def packages_of(module: str) -> set[str]:
+    return {name.split(".")[0] for name in imported(module)}
+
+
+def importers(package: str) -> set[str]:
+    return {module for module in MODULES if package in packages_of(module)}
+
+
+def calls(module: str) -> Iterator[tuple[str, ast.Call, ast.AST]]:
+    """Each call of a module: its dotted name, itself, and the function around it."""
+    for function in ast.walk(tree(module)):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
+            for node in own_nodes(function):
+                if isinstance(node, ast.Call):
+                    yield ast.unparse(node.func), node, function
+
+
+def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function without those of functions in it."""
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from own_nodes(child)
+
+
+def test_numerics_know_only_each_other_and_errors() -> None:
+    for module in NUMERICS:
+        assert imports_of_ours(module) <= NUMERICS | {"errors"}, module
+
+
+def test_only_the_assembly_and_its_commands_know_a_recipe() -> None:
+    knowing = {module for module in MODULES if "recipe" in imports_of_ours(module)}
+    assert knowing <= {
+        "assembly",
+        "cli",
+        "compare",
+        "evaluate",
+        "finetune",
+        "fuse",
+        "inspect_data",
+        "plan",
+    }
+
+
+def test_nothing_depends_on_the_command_line_nor_the_recipe_on_anything_heavy() -> None:
+    assert all("cli" not in imports_of_ours(module) for module in MODULES)
+    for module in ("cli", "errors", "files", "peer_names", "recipe", "schedule", "toml_lines"):
+        top = {
+            name.split(".")[0]
+            for node in tree(module).body
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [str(node.module)]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert not top & HEAVY, module
+
+
+def test_each_outside_library_has_its_seam() -> None:
+    assert importers("matplotlib") == {"plots"}
+    assert importers("huggingface_hub") == {"hub", "doctor"}  # which asks where its cache is
+    assert importers("click") == {"cli"}
+    assert importers("gguf") <= {"gguf"}
+    assert importers("torch") == set()
+
+
+def test_nothing_is_unpickled_and_no_code_of_a_model_folder_is_run() -> None:
+    assert not importers("pickle") | importers("runpy") | importers("marshal")
+    for module in MODULES:
+        names = {name for name, _, _ in calls(module)}
+        assert not names & {"eval", "exec", "compile", "__import__"}, module
+        # The one peer that could be told to is never told to.
+        told = [k for _, call, _ in calls(module) for k in call.keywords]
+        assert all(k.arg != "trust_remote_code" for k in told), module
+
+
+def test_only_the_command_line_prints_and_exits() -> None:
+    for module in set(MODULES) - {"cli"}:
+        names = {name for name, _, _ in calls(module)}
+        assert not names & {"print", "sys.exit", "exit", "quit", "os._exit"}, module
+
+
+WRITERS = {
+    "copyfile",
+    "hardlink_to",
+    "mkdir",
+    "makedirs",
+    "move",
+    "print_figure",
+    "rename",
+    "replace",
+    "rmtree",
+    "save_safetensors",
+    "savefig",
+    "symlink_to",
+    "touch",
+    "unlink",
+    "write_bytes",
+    "write_text",
+}
+ALLOWED = {
+    ("weights", "_write_shard"),  # fills a folder that its caller has from `files.staging`
+    ("convert", "copy_companions"),  # the same
+    ("hub", "_fetched"),  # removes a damaged download from the Hub's own cache
+}
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call changes what is on the disk."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
+    if ast.unparse(function) == "os.open":
+        flags = ast.unparse(call.args[1])
+        return "O_RDONLY" not in flags and ast.unparse(call.args[0]) != "os.devnull"
+    if name == "open":
+        modes = [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
+        return any(letter in mode for mode in modes for letter in "wax+")
+    if name == "replace":  # str.replace and dataclasses.replace change nothing
+        return ast.unparse(function) == "os.replace"
+    return name in WRITERS and not ast.unparse(function).startswith("files.")
+
+
+def names_from_files(function: ast.AST) -> set[str]:
+    """Names bound by `with files.replacing(...) as name`, and its sisters."""
+    return {
+        ast.unparse(item.optional_vars)
+        for node in own_nodes(function)
+        if isinstance(node, ast.With)
+        for item in node.items
+        if ast.unparse(item.context_expr).startswith("files.") and item.optional_vars is not None
+    }
+
+
+def test_only_files_writes_or_hands_out_the_paths_that_are_written() -> None:
+    writing = {
+        (module, getattr(function, "name", ""))
+        for module in set(MODULES) - {"files"}
+        for _, call, function in calls(module)
+        if writes(call)
+        and not any(name in ast.unparse(call) for name in names_from_files(function))
+    }
+    assert writing == ALLOWED
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for module in MODULES:
+        docstring = ast.get_docstring(tree(module))
+        assert docstring, module
+        assert docstring.split("\n")[0].endswith((".", ":")), module
+
+
+def loaded_by(*arguments: str, exit_code: int) -> set[str]:
+    """The top-level modules that a command has imported when it ends."""
+    code = (
+        "import json, sys\n"
+        "from mlx_tuner.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "names = {name.split('.')[0] for name in sys.modules}\n"
+        "print(json.dumps([code or 0, sorted(names)]), file=sys.__stderr__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    code_found, names = json.loads(done.stderr.splitlines()[-1])
+    assert code_found == exit_code
+    return set(names)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    assert not loaded_by(*arguments, exit_code=0) & (HEAVY | {"pydantic", "rich"})
+
+
+def test_a_wrong_recipe_is_told_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text('[model]\npath = "builtin:tiny-qwen"\n[lora]\nr = 8\n')
+    for command in ("run", "plan"):
+        assert not loaded_by(command, str(recipe), exit_code=2) & HEAVY
+
+
+def test_help_takes_less_than_three_tenths_of_a_second_of_cpu_time() -> None:
+    def seconds() -> float:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_tuner", "--help"], stdout=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_utime + usage.ru_stime
+
+    # The best of several, since caches are cold and machines shared.
+    assert min(seconds() for _ in range(5)) < 0.3
