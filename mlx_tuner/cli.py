@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_tuner import __version__
-from mlx_tuner.errors import RunStopped, TunerError, UsageError
+from mlx_tuner.errors import Fault, RunStopped, TunerError, UsageError
 from mlx_tuner.terminal import console, safe
 
 if TYPE_CHECKING:
@@ -29,11 +29,16 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except TunerError as error:
             kind = "" if isinstance(error, RunStopped) else "error: "
-            for fault in error.faults[:MAX_FAULTS_SHOWN]:
-                click.echo(f"mlx-tune: {kind}{fault}", err=True)
-            if (more := len(error.faults) - MAX_FAULTS_SHOWN) > 0:
-                click.echo(f"mlx-tune: error: … and {more} more", err=True)
+            _print_faults(error.faults, len(error.faults), kind)
             sys.exit(error.exit_code)
+
+
+def _print_faults(faults: Sequence[Fault], count: int, kind: str = "error: ") -> None:
+    """The first of `count` faults, a line each."""
+    for fault in faults[:MAX_FAULTS_SHOWN]:
+        click.echo(f"mlx-tune: {kind}{fault}", file=safe(sys.stderr))
+    if (more := count - MAX_FAULTS_SHOWN) > 0:
+        click.echo(f"mlx-tune: error: … and {more:,} more", file=safe(sys.stderr))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,16 +47,18 @@ def main() -> None:
     """LoRA fine-tuning of Qwen models on Apple silicon, in MLX."""
 
 
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Override a key of the recipe; paths start from the current folder. Repeatable.",
+)
+
+
 def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """RECIPE and --set, which every command on a recipe takes."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="TABLE.KEY=VALUE",
-        help="Override a key of the recipe; paths start from the current folder. Repeatable.",
-    )(command)
-    return click.argument("recipe", type=click.Path(path_type=Path))(command)
+    return click.argument("recipe", type=click.Path(path_type=Path))(_set_option(command))
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -130,6 +137,48 @@ def _plan(recipe: Recipe, as_json: bool) -> None:
         ("peak memory", f"about {planned.peak_memory_gb:.2f} GB"),
     ):
         click.echo(f"{name:>14}  {value}")
+
+
+@main.command()
+@click.argument("file")
+@click.option("--recipe", type=click.Path(path_type=Path), help="See the rows as it does.")
+@_set_option
+@click.option("--model", help="Count in its tokens; default: the recipe's, or builtin:tiny-qwen.")
+@click.option("--valid", help="Validation rows: a file, or a fraction of FILE.")
+@click.option("--show", default=0, type=click.IntRange(min=0), help="Print the first rows.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the rows' lengths as PNG.")
+@_json_option
+def data(
+    file: str,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    valid: str | None,
+    show: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Check and describe the rows of FILE as a recipe would see them."""
+    from mlx_tuner.inspect_data import inspect, recipe_for
+    from mlx_tuner.progress import Display
+
+    seen = recipe_for(file, recipe=recipe, model=model, valid=valid, overrides=overrides)
+    with Display() as display:
+        found = inspect(seen, display, show=show)
+    if plot:
+        from mlx_tuner.plots import length_histogram
+
+        length_histogram(plot, found.train.lengths.tolist(), found.max_seq_length)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        from mlx_tuner.data_report import report
+
+        terminal = console(sys.stdout)
+        terminal.print(report(found, colour=terminal.is_terminal))
+    if found.fault_count:
+        _print_faults(found.faults, found.fault_count)
+        sys.exit(1)
 
 
 @main.command()

@@ -125,7 +125,7 @@ STRICT: dict[bytes, str] = {
     b'{"text": "a"}, ': "column 14: a comma after the row",
     b'{"text": "a", "b': "column 15: the row stops before its end",
     b'{"text": ': "column 10: the row stops before its end",
-    b"": "column 1: the row stops before its end",
+    b"": "column 1: nothing between two commas",
     b"{'text': 1}": "column 2: single quotes",
     b'{"text" "a"}': "column 9: broken JSON: expecting ':' delimiter",
     b'{"text": 01}': "column 11: broken JSON",
