@@ -205,6 +205,9 @@ def _prefix_states(shape: Shape, tokens: int, adapters: Adapters) -> Flops:
             )
         if not last:
             total += Flops(attention=2 * 2 * shape.heads * shape.head_size * tokens**2)
+        elif "q_proj" in adapted and adapted & {"k_proj", "v_proj"}:
+            # The A matrices share one product, that of the queries with them.
+            total += Flops(adapters=2 * tokens * adapters.rank * shape.hidden)
     return total
 
 
