@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 CACHED_FROM_BYTES = 8 << 20
 """Smaller files are indexed each time: that is faster than looking for what is cached."""
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20
 _FREE_BYTES_KEPT = 1 << 30
 _BLANK = b" \t\r\n"
 _SPACE = 0x20
@@ -419,15 +419,18 @@ def _scan_array(
 def _unescaped_quotes(content: np.ndarray) -> np.ndarray:
     """Positions of the quotes that have an even number of backslashes before them."""
     quotes = np.flatnonzero(content == _QUOTE)
-    suspects = np.flatnonzero((quotes > 0) & (content[quotes - 1] == _BACKSLASH))
-    if not len(suspects):
-        return quotes
-    backslashes = np.flatnonzero(content == _BACKSLASH)
-    begins_run = np.diff(backslashes, prepend=-2) > 1
-    run_starts = np.maximum.accumulate(np.where(begins_run, backslashes, 0))
-    before = quotes[suspects] - 1
-    run_lengths = before + 1 - run_starts[np.searchsorted(backslashes, before)]
-    return np.delete(quotes, suspects[run_lengths % 2 == 1])
+    escaped = (quotes > 0) & (content[quotes - 1] == _BACKSLASH)
+    unsure = np.flatnonzero(
+        escaped & (quotes > 1) & (content[np.maximum(quotes, 2) - 2] == _BACKSLASH)
+    )
+    if len(unsure):
+        backslashes = np.flatnonzero(content == _BACKSLASH)
+        begins_run = np.diff(backslashes, prepend=-2) > 1
+        run_starts = np.maximum.accumulate(np.where(begins_run, backslashes, 0))
+        before = quotes[unsure] - 1
+        run_lengths = before + 1 - run_starts[np.searchsorted(backslashes, before)]
+        escaped[unsure] = run_lengths % 2 == 1
+    return quotes[~escaped]
 
 
 def _line_of(descriptor: int, row_start: int, line: int) -> int:

@@ -81,6 +81,7 @@ def test_line_separators_of_unicode_do_not_end_a_row(tmp_path):
     assert open_rows(write(tmp_path, b"1" + content + b"\n2\n"))[0] == b"1" + content
 
 
+@settings(deadline=None)
 @given(
     lines=st.lists(st.text('ab{}[]",\\ \t\r\u2028', max_size=9), max_size=12),
     block=st.integers(1, 40),
@@ -118,6 +119,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(JSON_VALUES, min_size=1, max_size=6),
     block=st.integers(1, 60),
@@ -370,7 +372,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path, monkeyp
     assert len(open_rows(write(tmp_path, "1\n"), cache_dir=blocked / "cache")) == 1
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(content=st.binary(max_size=80))
 def test_a_cache_file_with_any_content_is_as_good_as_none(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("cache") / "kept"
