@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -181,9 +180,9 @@ class _Session:
             self.display.note(f"{self.trainer.model.model_type}: rows are padded to like lengths")
         for note in self.data.train.notes:
             self.display.note(note)
-        entries = [json.dumps(entry) + "\n" for entry in self.data.train.quarantined]
-        if entries:
-            files.write_text(self.run.path / QUARANTINE, "".join(entries))
+        if self.data.train.quarantined:
+            lines = [entry.to_json() + "\n" for entry in self.data.train.quarantined]
+            files.write_text(self.run.path / QUARANTINE, "".join(lines))
 
     def _steps(self) -> Iterator[StepResult]:
         """Train step after step and count each one in."""
