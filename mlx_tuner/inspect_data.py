@@ -381,9 +381,19 @@ class _Reader:
         facts.rows = len(rows)
         if facts.prefix is not None:
             facts.prefix_text = self._text(facts.prefix)
-        if not (facts.usable_rows or facts.fault_count):
-            facts.add_faults(Fault(facts.file, "", "no row is left to train on"))
+        self._check_sides(facts)
         return facts
+
+    def _check_sides(self, facts: FileFacts) -> None:
+        """There must be rows to train on and, where a fraction is held out, to validate on."""
+        fraction = self._recipe.data.valid
+        if not facts.usable_rows:
+            if not facts.fault_count:
+                facts.add_faults(Fault(facts.file, "", "no row is left to train on"))
+        elif isinstance(fraction, float) and facts.held_out_rows in (0, facts.usable_rows):
+            side = "training" if facts.held_out_rows else "validation"
+            what = f"{fraction:g} leaves no row for {side}; name a file, or use more rows"
+            facts.add_faults(Fault(facts.file, "data.valid", what))
 
     def _parse(self, rows: RowFile, number: int, facts: FileFacts) -> Row | None:
         faults: tuple[Fault, ...]

@@ -17,8 +17,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from mlx_tuner import data_report
+from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
 from mlx_tuner.inspect_data import Inspection, histogram, inspect, recipe_for
+from mlx_tuner.model import load_tokenizer, resolve
 from mlx_tuner.progress import Display
 
 ROWS: list[dict[str, Any]] = [
@@ -142,6 +144,27 @@ def test_a_fraction_is_held_out_by_content(tmp_path: Path) -> None:
     assert 120 < found.train.held_out_rows < 280
     assert found.train.held_out_rows % 2 == 0  # equal rows are on the same side
     assert found.train_rows == 800 - found.train.held_out_rows
+
+
+def test_a_fraction_that_leaves_a_side_empty_is_refused(file: Path) -> None:
+    (fault,) = look(file, valid="1e-9").faults
+    assert (fault.where, fault.field) == (str(file), "data.valid")
+    assert "leaves no row for validation" in fault.what
+
+
+def test_what_is_reported_is_what_a_run_would_open(file: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {n % 17}", "completion": "so " * n} for n in range(90)]
+    file = write(tmp_path / "many.jsonl", [*rows, {"prompt": ""}])
+    overrides = ("data.on_bad_row=skip", "data.max_seq_length=80", "data.on_long_row=skip")
+    found = look(file, *overrides, valid="0.3")
+    recipe = recipe_for(str(file), recipe=None, model=None, valid="0.3", overrides=overrides)
+    opened = open_data(recipe, load_tokenizer(resolve("builtin:tiny-qwen")))
+    assert opened.valid is not None
+    assert (found.train_rows, found.train.held_out_rows) == (len(opened.train), len(opened.valid))
+    facts = opened.train.facts
+    assert (found.train.tokens, found.train.target_tokens) == (facts.tokens, facts.target_tokens)
+    assert (found.train.long_rows, found.train.bad_rows) == (facts.long_rows, facts.bad_rows)
+    assert found.train.long_rows > 9
 
 
 def test_duplicates_are_named_by_their_lines_however_they_are_written(tmp_path: Path) -> None:
