@@ -243,7 +243,7 @@ def quantise(
             f"{layer.weight.shape[-1]} columns are not divisible by the group "
             f"size {group_size}; choose another --group-size, or do not quantise",
         )
-        for path, layer in model.named_modules()
+        for path, layer in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
         if hasattr(layer, "to_quantized")
         and layer.weight.shape[-1] % group_size
         and takes(path, layer)
