@@ -124,6 +124,21 @@ def write_tensors(
         mx.save_safetensors(str(temporary), values, metadata)
 
 
+def import_adapter(source: Path, output: Path) -> Adapter:
+    """Write an adapter of any format that `read_adapter` knows as the new folder `output`.
+
+    Raises:
+        UsageError: `output` cannot be a new folder.
+        ModelError: as `read_adapter` does.
+    """
+    output = output.absolute()
+    files.require_new(output)
+    adapter = read_adapter(source)
+    with files.staging(output) as folder:
+        write_adapter(folder, adapter)
+    return adapter
+
+
 # ---- reading -----------------------------------------------------------------------------------
 
 

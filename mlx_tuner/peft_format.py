@@ -52,6 +52,21 @@ _MAX_REPEATS = 3
 # ---- out ---------------------------------------------------------------------------------------
 
 
+def export_peft(source: Path, output: Path) -> Adapter:
+    """Write the adapter of a run, or any adapter, as the new PEFT folder `output`.
+
+    Raises:
+        UsageError: `output` cannot be a new folder.
+        ModelError: as `adapter.read_adapter` does.
+    """
+    output = output.absolute()
+    files.require_new(output)
+    adapter = adapters.read_adapter(source)
+    with files.staging(output) as folder:
+        write_peft(folder, adapter)
+    return adapter
+
+
 def write_peft(directory: Path, adapter: Adapter) -> None:
     """Write the adapter as `peft.PeftModel.from_pretrained` reads it.
 
@@ -67,10 +82,12 @@ def write_peft(directory: Path, adapter: Adapter) -> None:
 def _folded(adapter: Adapter) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Any] | None]:
     """The adapter with `lora_alpha = r`: its config, tensors and note."""
     tensors: dict[str, mx.array] = {}
-    steps: dict[str, str | None] = {}
+    steps: dict[str, str] = {}
     for path in adapter.modules:
         b = adapter.tensors[f"{path}.lora_b"]
-        folded, steps[path] = _fold(b, adapter.scale)
+        folded, packed = _fold(b, adapter.scale)
+        if packed is not None:
+            steps[path] = packed
         tensors[_PREFIX + path + _A] = mx.contiguous(adapter.tensors[f"{path}.lora_a"].T)
         tensors[_PREFIX + path + _B] = mx.contiguous(folded.T)
     note = {
@@ -81,7 +98,7 @@ def _folded(adapter: Adapter) -> tuple[dict[str, Any], dict[str, mx.array], dict
         "steps": steps,
     }
     targets, layers = _selection(adapter)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base,
@@ -210,11 +227,14 @@ def _merge_scales(
     scales = {module: _rank_and_scale(config, module, path)[1] for module in modules}
     scale = Counter(scales.values()).most_common(1)[0][0]
     rank = max(tensors[_PREFIX + module + _A].shape[0] for module in modules)
-    merged, steps = {}, {}
+    merged: dict[str, mx.array] = {}
+    steps: dict[str, str] = {}
     for module in modules:
         a = tensors[_PREFIX + module + _A].T
         b = tensors[_PREFIX + module + _B].T
-        b, steps[module] = _fold(b, _ratio(scales[module], scale))
+        b, packed = _fold(b, _ratio(scales[module], scale))
+        if packed is not None:
+            steps[module] = packed
         missing = rank - a.shape[1]
         merged[f"{module}.lora_a"] = mx.contiguous(mx.pad(a, [(0, 0), (0, missing)]))
         merged[f"{module}.lora_b"] = mx.contiguous(mx.pad(b, [(0, missing), (0, 0)]))

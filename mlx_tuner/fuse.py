@@ -1,0 +1,463 @@
+"""An adapter merged into its base, and compared with the adapter before it is called done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+
+from mlx_tuner import __version__, assembly, files, lora
+from mlx_tuner.adapter import Adapter, apply, check_base, read_adapter
+from mlx_tuner.convert import (
+    CARD,
+    DROPPED,
+    copy_companions,
+    in_float32,
+    load_in_float32,
+    quantise,
+    require_space,
+)
+from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
+from mlx_tuner.forward import head_of
+from mlx_tuner.model import load_tokenizer, resolve
+from mlx_tuner.model_files import CODE_KEYS, CONFIG, ModelFiles, check_model_folder, read_json
+from mlx_tuner.recipe import load_recipe
+from mlx_tuner.run import LOSS_PLOT, RECIPE, read_summary
+from mlx_tuner.weights import is_finite, write_weights
+
+if TYPE_CHECKING:
+    from mlx_tuner.metrics import Summary
+    from mlx_tuner.progress import Display
+
+GENERATION = "generation_config.json"
+TURN_END = "<|im_end|>"
+
+PROMPTS = (
+    "Write a Python function that reverses a string.",
+    "What is the difference between a list and a tuple?",
+    "Explain in two sentences what a hash table is.",
+    "Fix this code: for i in range(10) print(i)",
+)
+"""What the models read where the run's own rows cannot be had."""
+
+_ROWS = 4
+_ROW_TOKENS = 256
+_ROW_POSITIONS = 64
+"""Compared positions of a row: of 4 rows, 160 MB of float32 logits a model at 152k tokens."""
+
+_WORST_ERROR = 0.5
+_LEAST_KEPT = 0.5
+
+
+@dataclass(frozen=True)
+class Check:
+    """The fused model against the adapter on its base, as changes that each makes to logits.
+
+    With t the logits of the adapter on its base, b of the base, f of the fused model and g of the
+    base in the fused model's form (which is b, unless that is quantised), all in float32, the
+    wanted change is t - b, and the one that is there is f - g.
+    """
+
+    rows: str
+    """What was read, in words."""
+    kept: float
+    """How much of the wanted change is there: ⟨f - g, t - b⟩ / ‖t - b‖²."""
+    error: float
+    """How much else is there: ‖(f - g) - (t - b)‖ / ‖t - b‖."""
+    base_loss: float
+    tuned_loss: float
+    fused_loss: float
+    """Mean negative log-likelihood of the rows' target tokens."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What it found, as names and values to show."""
+        return [
+            ("compared on", self.rows),
+            ("kept of the fine-tune", f"{100 * self.kept:.1f} %"),
+            ("error", f"{100 * self.error:.2g} % of the fine-tune's change"),
+            ("loss of the base", f"{self.base_loss:.4f}"),
+            ("loss with the adapter", f"{self.tuned_loss:.4f}"),
+            ("loss of the fused model", f"{self.fused_loss:.4f}"),
+        ]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was made."""
+
+    folder: Path
+    source: Path
+    base: str
+    """As the user names it."""
+    form: str
+    """Dtypes, or bits and group size, in words."""
+    bytes: int
+    """Of the weights."""
+    check: Check
+
+
+def fuse(
+    source: Path,
+    output: Path,
+    display: Display,
+    *,
+    model: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+) -> Fused:
+    """Merge a run's adapter, or any adapter, into its base, as the new folder `output`.
+
+    The weights are summed in float32 and written in the base's dtype, under the base's own names.
+    A quantised base is dequantised. `output` is complete and checked, or not there at all.
+
+    Args:
+        model: the base; by default the one that the adapter names.
+        bits: 4 or 8 to quantise the result.
+
+    Raises:
+        UsageError: `output` cannot be a new folder.
+        ModelError: adapter or base cannot be used or do not belong together, or the result does
+            not answer as the adapter does.
+        RunError: the disk is too small, or writing failed.
+    """
+    output = output.absolute()
+    files.require_new(output)
+    adapter = read_adapter(source)
+    base = open_base(adapter, model)
+    if output.resolve().is_relative_to(base.folder.resolve()):
+        what = f"lies in the base's own folder {base.folder}; choose another"
+        raise UsageError(Fault(str(output), "", what))
+    work = _Work(base, adapter, bits, group_size)
+    require_space(output, work.bytes)
+    with files.staging(output) as folder:
+        with display.task(f"fusing into {work.form}", work.bytes) as advance:
+            write_weights(folder, work.weights, work.compute, advance)
+        files.write_json(folder / CONFIG, work.config)
+        copy_companions(base.folder, folder)
+        _write_end_tokens(base, folder)
+        with display.task("comparing the result with the adapter"):
+            check = _compare(source, base, adapter, folder, work.in_form)
+        _require_kept(check, output, quantised=bits is not None)
+        made = Fused(output, source, model or adapter.base, work.form, work.bytes, check)
+        _write_card(folder, made)
+    return made
+
+
+def open_base(adapter: Adapter, model: str | None = None) -> ModelFiles:
+    """The checked base of an adapter, or `model` in its place.
+
+    Raises:
+        ModelError: it cannot be had, or is not the one that the adapter was trained on.
+    """
+    if not (model or adapter.base):
+        what = "does not say which model it was trained on; name it with --model"
+        raise ModelError(Fault(str(adapter.folder), "", what))
+    base = check_model_folder(resolve(model or adapter.base, None if model else adapter.revision))
+    check_base(adapter, base.folder)
+    return base
+
+
+# ---- the weights -------------------------------------------------------------------------------
+
+
+def merge(base: ModelFiles, adapter: Adapter) -> nn.Module:
+    """The base, dense, with the adapter in its weights; nothing is read or computed yet."""
+    model, _ = mlx_lm_utils.load_model(base.folder, lazy=True)
+    apply(model, adapter)
+    lora.fuse_all(model)
+    return mlx_lm_utils.dequantize_model(model)
+
+
+class _Work:
+    """What fusing writes: config, and tensors that are computed one by one and let go."""
+
+    def __init__(
+        self, base: ModelFiles, adapter: Adapter, bits: int | None, group_size: int
+    ) -> None:
+        model = merge(base, adapter)
+        self._folder = base.folder
+        self._fused = {f"{path}.weight" for path in adapter.modules}
+        self.in_form: Callable[[nn.Module], nn.Module] | None = None
+        if bits is not None:
+            config = {k: v for k, v in _dense_config(base.config).items() if k not in DROPPED}
+            self.config = quantise(model, config, bits, group_size, base.folder)
+            self.weights = dict(tree_flatten(model.parameters()))
+            self.form = f"{bits} bits in groups of {group_size}"
+            self.in_form = lambda model: _rounded(model, base, bits, group_size)
+        else:
+            self.config = _dense_config(base.config)
+            self.weights = self._named_as_in(base, model)
+            dtypes = {str(v.dtype).rpartition(".")[2] for v in self.weights.values()}
+            self.form = " and ".join(sorted(dtypes))
+        self.bytes = sum(value.nbytes for value in self.weights.values())
+
+    def _named_as_in(self, base: ModelFiles, model: nn.Module) -> dict[str, mx.array]:
+        """The model's tensors as the base's files name them, which other programs know."""
+        if "quantization" in base.config:
+            return dict(tree_flatten(model.parameters()))  # made by MLX, so named by it
+        tensors: dict[str, mx.array] = {}
+        for shard in base.shards:
+            tensors |= mx.load(str(shard))  # type: ignore[arg-type]
+        kept = model.sanitize(dict(tensors)) if hasattr(model, "sanitize") else tensors
+        originals = {id(value): name for name, value in tensors.items()}
+        names = {name: originals.get(id(value)) for name, value in kept.items()}
+        fused = dict(tree_flatten(model.parameters()))
+        for name in self._fused:
+            if (original := names[name]) is None:
+                what = (
+                    "is stored in a form of its own in the base; convert the base with "
+                    "mlx-tune convert, and train on that"
+                )
+                raise ModelError(Fault(str(base.folder), name, what))
+            tensors[original] = fused[name]
+        self._fused = {str(names[name]) for name in self._fused}
+        return tensors
+
+    def compute(self, name: str) -> mx.array:
+        """Take a tensor out of `weights`, computed.
+
+        Raises:
+            ModelError: it is not finite.
+        """
+        value = self.weights.pop(name)
+        mx.eval(value)
+        if name in self._fused and mx.issubdtype(value.dtype, mx.floating) and not is_finite(value):
+            what = f"is not finite in {value.dtype} once the adapter is in it"
+            raise ModelError(Fault(str(self._folder), name, what))
+        return value
+
+
+def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    dropped = {*CODE_KEYS, "_name_or_path", "quantization", "quantization_config"}
+    return {key: value for key, value in config.items() if key not in dropped}
+
+
+def _rounded(model: nn.Module, base: ModelFiles, bits: int, group_size: int) -> nn.Module:
+    """The model with its layers quantised."""
+    quantise(model, _dense_config(base.config), bits, group_size, base.folder)
+    return model
+
+
+def _write_end_tokens(base: ModelFiles, folder: Path) -> None:
+    """Give `generation_config.json` every token that ends an answer.
+
+    A base model's may list the end of a text only; fine-tuned on chats, it ends turns as well.
+    """
+    path = folder / GENERATION
+    settings = read_json(path) if path.exists() else {}
+    tokenizer = load_tokenizer(base.folder)
+    ends: list[int | None] = []
+    for listed in (settings.get("eos_token_id"), base.config.get("eos_token_id")):
+        ends += listed if isinstance(listed, list) else [listed]
+    ends += sorted(tokenizer.eos_token_ids)
+    if tokenizer.has_chat_template:
+        ends.append(tokenizer.get_vocab().get(TURN_END))
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    files.write_json(path, settings | {"eos_token_id": unique})
+
+
+# ---- the comparison ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Token rows padded on the right, and the positions whose logits count."""
+
+    name: str
+    tokens: np.ndarray
+    """(B, T)"""
+    positions: np.ndarray
+    """Flat into (B, T); each predicts the token after it."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.tokens.reshape(-1)[self.positions + 1]
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[tuple[Sequence[int], np.ndarray]]) -> _Rows:
+        """Rows of tokens, each with a mask of its targets, cut to what is compared."""
+        width = min(max(len(tokens) for tokens, _ in rows), _ROW_TOKENS)
+        table = np.zeros((len(rows), width), np.int32)
+        positions = []
+        for i, (tokens, mask) in enumerate(rows):
+            table[i, : len(tokens)] = tokens[:width]
+            targets = np.flatnonzero(mask[1:width])[:_ROW_POSITIONS]
+            positions.append(i * width + targets)
+        return cls(name, table, np.concatenate(positions))
+
+
+def _compare(
+    source: Path,
+    base: ModelFiles,
+    adapter: Adapter,
+    fused: Path,
+    in_form: Callable[[nn.Module], nn.Module] | None,
+) -> Check:
+    """Compare the written folder with the adapter on its base.
+
+    Args:
+        in_form: gives a dense model the fused one's form, where that is quantised.
+    """
+    rows = _rows_of_run(source, base.folder) or _fixed_rows(base.folder)
+
+    def tuned() -> nn.Module:
+        model = load_in_float32(base.folder)
+        apply(model, adapter)
+        return model.eval()
+
+    def base_in_form(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        model, _ = mlx_lm_utils.load_model(base.folder, lazy=True)
+        return in_float32(change(mlx_lm_utils.dequantize_model(model)))
+
+    b = _logits(lambda: load_in_float32(base.folder), rows)
+    t = _logits(tuned, rows)
+    f = _logits(lambda: load_in_float32(fused), rows)
+    losses = [_loss(logits, rows.targets) for logits in (b, t, f)]
+    f -= b if in_form is None else _logits(lambda: base_in_form(in_form), rows)
+    t -= b
+    wanted = _dot(t, t)
+    if not wanted:  # an adapter as it was before training
+        return Check(rows.name, 1.0, float("inf") if f.any() else 0.0, *losses)
+    kept = _dot(f, t) / wanted
+    f -= t
+    return Check(rows.name, kept, (_dot(f, f) / wanted) ** 0.5, *losses)
+
+
+def _require_kept(check: Check, output: Path, *, quantised: bool) -> None:
+    """Refuse a result without the fine-tune.
+
+    Rounding to a few bits adds noise, in no direction; so of a quantised result the change only
+    has to be there. Any other has to be closer to the adapter on its base than half the way.
+    """
+    if quantised:
+        lost = not check.kept >= _LEAST_KEPT
+        what = f"only {100 * check.kept:.0f} % of the fine-tune outlives the rounding"
+        todo = "fuse without --quantize, or to 8 bits"
+    else:
+        lost = not check.error <= _WORST_ERROR
+        what = f"off by {100 * check.error:.0f} % of what the fine-tune changes"
+        todo = "it changes too little for the base's dtype; train longer"
+    if lost:
+        raise ModelError(Fault(str(output), "", f"{what}; nothing was written; {todo}"))
+
+
+def _rows_of_run(source: Path, base: Path) -> _Rows | None:
+    """Held-out rows of the run, or rows that it trained on; None where they cannot be had."""
+    if not (source / RECIPE).is_file():
+        return None
+    try:
+        recipe = load_recipe(source / RECIPE, check_paths=False)
+        data = assembly.open_data(recipe, load_tokenizer(base))
+        name = "training rows of the run" if data.valid is None else "held-out rows of the run"
+        dataset = data.train if data.valid is None else data.valid
+        examples = dataset.examples(range(min(_ROWS, len(dataset))))
+        rows = _Rows.of(name, [(example.tokens, example.loss_mask) for example in examples])
+    except TunerError:
+        return None
+    return rows if len(rows.positions) else None
+
+
+def _fixed_rows(base: Path) -> _Rows:
+    tokenizer = load_tokenizer(base)
+    rows = []
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt)
+        if tokenizer.has_chat_template:
+            message = {"role": "user", "content": prompt}
+            tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        rows.append((tokens, np.ones(len(tokens), bool)))
+    return _Rows.of("fixed prompts", rows)
+
+
+def _logits(load: Callable[[], nn.Module], rows: _Rows) -> np.ndarray:
+    """Logits (positions, vocabulary) of a lazily loaded model."""
+    model = load()
+    language = getattr(model, "language_model", model)
+    hidden = language.model(mx.array(rows.tokens))
+    hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(rows.positions)]
+    head = head_of(model)
+    logits = head.as_linear(hidden) if isinstance(head, nn.Embedding) else head(hidden)
+    # With nobody else holding the weights, each is freed as soon as the graph is past it.
+    del model, language, head
+    return np.array(logits)
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.dot(x.reshape(-1), y.reshape(-1)).item())
+
+
+def _loss(logits: np.ndarray, targets: np.ndarray) -> float:
+    scores = mx.array(logits)
+    chosen = mx.take_along_axis(scores, mx.array(targets)[:, None], axis=-1)[:, 0]
+    return float((mx.logsumexp(scores, axis=-1) - chosen).mean().item())
+
+
+# ---- the card ----------------------------------------------------------------------------------
+
+
+def _write_card(folder: Path, made: Fused) -> None:
+    """The model card: what it is, its recipe, losses and plot. It has no date and no path."""
+    named = made.base.count("/") == 1 and not Path(made.base).expanduser().exists()
+    base = made.base if named else Path(made.base).name
+    summary, recipe = _summary(made.source), _recipe_text(made.source)
+    library = "mlx" if "bits" in made.form else "transformers"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- lora", "- mlx"]
+    if named:
+        lines += ["base_model:", f"- {base}"]
+    lines += ["---", "", f"# {made.source.resolve().name}", ""]
+    lines += [f"{base}, fine-tuned with LoRA and fused by mlx-tune {__version__}.", ""]
+    if summary is not None:
+        lines += ["## Training", "", *_table(_training(summary)), ""]
+    if (plot := made.source / LOSS_PLOT).is_file():
+        files.write_bytes(folder / LOSS_PLOT, plot.read_bytes())
+        lines += [f"![Training and validation loss]({LOSS_PLOT})", ""]
+    if recipe is not None:
+        lines += ["## Recipe", "", "```toml", recipe.strip(), "```", ""]
+    lines += ["## Fusing", ""]
+    lines += [f"Weights in {made.form}, compared with the adapter on its base in float32:", ""]
+    lines += [*_table(made.check.lines()), ""]
+    files.write_text(folder / CARD, "\n".join(lines))
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _training(summary: Summary) -> list[tuple[str, str]]:
+    rows = [
+        ("rows", f"{summary.rows:,}"),
+        ("steps", f"{summary.steps:,}"),
+        ("epochs", f"{summary.epochs:g}"),
+        ("trainable parameters", f"{summary.trainable_parameters:,}"),
+        ("first loss", f"{summary.first_loss:.4f}"),
+        ("final loss", f"{summary.final_loss:.4f}"),
+    ]
+    if summary.best_val_loss is not None:
+        best = f"{summary.best_val_loss:.4f} at step {summary.best_step}"
+        rows.append(("best validation loss", best))
+    return rows
+
+
+def _summary(source: Path) -> Summary | None:
+    try:
+        return read_summary(source)
+    except TunerError:
+        return None
+
+
+def _recipe_text(source: Path) -> str | None:
+    """The run's recipe, with the names of its files and not where they are."""
+    try:
+        text = load_recipe(source / RECIPE, check_paths=False).to_toml()
+    except TunerError:
+        return None
+    return re.sub(r'"(?:/|~/|[A-Za-z]:)[^"\n]*?([^"/\n]*)"', r'"\1"', text)
