@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,19 @@ _MARK = "measures:"
 
 
 def report(**measures: float) -> None:
-    """Hand one run's figures from a child process to its parent; call it once, at the end."""
-    print(_MARK + json.dumps(measures), flush=True)
+    """Hand one run's figures from a child process to its parent; call it once, at the end.
+
+    `peak_rss_gb`, the process's peak of resident memory in 10^9 bytes, goes with them. (What the
+    parent could read of its child would start at the parent's own peak.)
+    """
+    print(_MARK + json.dumps({**measures, "peak_rss_gb": _peak_rss_gb()}), flush=True)
+
+
+def _peak_rss_gb() -> float:
+    with suppress(OSError):  # no such file: not Linux
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
 
 
 def child(
@@ -63,34 +76,23 @@ def child(
 ) -> Callable[[], Measures]:
     """A variant that runs `python script arguments` (default: the running script) once a turn.
 
-    Its figures are what the child gave to `report`, `wall_seconds` (start of the process to its
-    end) and `peak_rss_gb` (10^9 bytes of resident memory, the process's own peak). On a GPU, let
-    the child also report MLX's own peak. On the CPU backend OpenBLAS is preloaded where it is
-    installed. A child that fails stops the benchmark with its standard error.
+    Its figures are what the child gave to `report`, and `wall_seconds` (start of the process to
+    its end). On a GPU, let the child also report MLX's own peak memory. On the CPU backend
+    OpenBLAS is preloaded where it is installed. A child that fails stops the benchmark.
     """
     argv = [sys.executable, str(script or Path(sys.argv[0]).resolve()), *arguments]
     environ = device.blas_environment({**os.environ, **(environ or {})})
 
     def run() -> Measures:
         start = time.perf_counter()
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT)
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        process.stdout.close()
+        done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT)
         wall_seconds = time.perf_counter() - start
-        if process.returncode:
-            raise SystemExit(f"{shlex.join(argv)} ended with {process.returncode}\n{output}")
-        lines = [line for line in output.splitlines() if line.startswith(_MARK)]
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(argv)} ended with {done.returncode}\n{done.stdout}")
+        lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
         if not lines:
             raise SystemExit(f"{shlex.join(argv)} reported nothing")
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-        return {
-            **json.loads(lines[-1][len(_MARK) :]),
-            "wall_seconds": wall_seconds,
-            "peak_rss_gb": usage.ru_maxrss * unit / 1e9,
-        }
+        return {**json.loads(lines[-1][len(_MARK) :]), "wall_seconds": wall_seconds}
 
     return run
 

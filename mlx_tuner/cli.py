@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlx_tuner.recipe import Recipe
 
 MAX_FAULTS_SHOWN = 20
+PEER = "mlx-lm"
 
 
 class _Commands(click.Group):
@@ -319,3 +321,69 @@ def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
     else:
         click.echo(comparison.to_markdown(), file=safe(sys.stdout))
         click.echo(f"plot: {plot}", err=True)
+
+
+@main.command()
+@click.option(
+    "--model",
+    metavar="SHAPE|FOLDER|NAME",
+    help="A shape such as qwen2.5-1.5b, of random weights; or a model. Default: what fits here.",
+)
+@click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits of the frozen weights.")
+@click.option("--rows", default=100, show_default=True, type=click.IntRange(min=1))
+@click.option("--seq", type=click.IntRange(min=32), help="Tokens of every row.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of one pass; several are timed.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter measurements.")
+@click.option("--against", metavar="mlx-lm|FILE.json", help="Compare with its trainer, or earlier.")
+@click.option("--sweep", is_flag=True, help="Try rows a step, tokens a row and quantisation.")
+@click.option("--name", help="Of the file in benchmarks/results; default: by chip and model.")
+@click.option("--markdown", is_flag=True, help="Print a row for the README's table.")
+@_json_option
+def bench(
+    model: str | None,
+    quantize: str | None,
+    rows: int,
+    seq: int | None,
+    batch_size: int,
+    steps: int | None,
+    quick: bool,
+    against: str | None,
+    sweep: bool,
+    name: str | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Training and generation speed of this machine; nothing is downloaded for a SHAPE."""
+    from mlx_tuner import bench_report
+    from mlx_tuner.bench import Result, bench, save
+    from mlx_tuner.progress import Display
+    from mlx_tuner.sweep import Sweep, measure
+    from mlx_tuner.workload import Settings
+
+    if sweep and (against or markdown):
+        raise UsageError("--sweep excludes --against and --markdown; give one")
+    settings = Settings(
+        model=model,
+        quantize=int(quantize) if quantize else None,
+        rows=rows,
+        seq=seq,
+        batch_size=batch_size,
+        steps=steps,
+        quick=quick,
+        peer=against == PEER,
+    )
+    command = shlex.join(["mlx-tune", *sys.argv[1:]])
+    earlier = Path(against) if against and against != PEER else None
+    with Display() as display:
+        if sweep:
+            found: Result | Sweep = measure(settings, display, command=command)
+        else:
+            found = bench(settings, display, command=command, earlier=earlier)
+        display.note(f"written to {save(found, name)}")
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    elif markdown and isinstance(found, Result):
+        click.echo(bench_report.markdown_row(found))
+    else:
+        console(sys.stdout).print(bench_report.report(found))

@@ -256,6 +256,12 @@ def blas(probe: Probe | None = None) -> Blas:
     return Blas(loaded, next((path for path in files if probe.exists(path)), None))
 
 
+def slow_blas(probe: Probe | None = None) -> bool:
+    """Whether products run on the reference BLAS of MLX's wheel: on Linux, without a GPU."""
+    probe = probe or Probe()
+    return probe.system == "Linux" and probe.backend() == "cpu" and blas(probe).loaded is None
+
+
 def blas_environment(environ: Mapping[str, str], probe: Probe | None = None) -> dict[str, str]:
     """`environ` for a child process, with OpenBLAS preloaded where that helps and is possible."""
     probe = probe or Probe()

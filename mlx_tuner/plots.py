@@ -172,6 +172,36 @@ def length_histogram(path: Path, lengths: Sequence[int], max_seq_length: int) ->
             _legend(axes)
 
 
+def heat_maps(
+    path: Path,
+    panels: Mapping[str, Sequence[Sequence[float | None]]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    ylabel: str,
+    xlabel: str,
+) -> None:
+    """Tables of numbers side by side, by title, darker where larger; None is left white."""
+    numbers = [value for panel in panels.values() for row in panel for value in row if value]
+    top = max(numbers, default=1.0)
+    with _figure(path, wide=len(panels) > 1) as figure:
+        all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
+            grid = [[value or math.nan for value in row] for row in panel]
+            axes.imshow(grid, cmap="YlGnBu", vmin=0, vmax=top, aspect="auto")
+            axes.set_title(title)
+            axes.grid(visible=False)
+            axes.set_xticks(range(len(columns)), columns)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set_xlabel(xlabel)
+            for y, row in enumerate(panel):
+                for x, value in enumerate(row):
+                    colour = "white" if value and value > 0.6 * top else "#333333"
+                    shown = f"{value:,.0f}" if value else "–"
+                    axes.text(x, y, shown, ha="center", va="center", color=colour)
+        all_axes[0].set_ylabel(ylabel)
+
+
 @contextmanager
 def _figure(path: Path, *, wide: bool = False) -> Iterator[Figure]:
     """An empty figure; what is drawn into it becomes the file."""

@@ -1,0 +1,343 @@
+"""How fast training and generation are, phase by phase, here and with mlx-lm's own trainer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+from mlx_lm.generate import generate_step
+
+from mlx_tuner import files, lora, synthetic
+from mlx_tuner.batching import Row
+from mlx_tuner.device import Machine
+from mlx_tuner.forward import KeysValues
+from mlx_tuner.measure import Measures, Spread, interleave, ratio, spreads
+from mlx_tuner.metrics import Meter
+from mlx_tuner.peer import MlxLmTrainer
+from mlx_tuner.trainer import StepResult, Trainer, train
+from mlx_tuner.workload import LEARNING_RATE, RANK, SCALE, TARGET_MODULES, Workload
+
+
+@dataclass(frozen=True)
+class Training:
+    """How fast training is."""
+
+    samples_per_second: Spread
+    tokens_per_second: Spread
+    """Tokens of the rows, padding not counted."""
+    steps_per_second: Spread
+    peak_memory_gb: float
+    gemm_tflops: float
+    """Of a large square product, measured in the training's dtype."""
+    flops_per_step: float | None
+    tflops: float | None
+    peak_tflops: float
+    peak_source: str
+    """"table" (the chip's FP32 shaders) or "measured" (`gemm_tflops`)."""
+    percent_of_peak: float | None
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of one step by what they go to, from steps that wait after each phase.
+
+    Rows come as token ids: a run tokenises ahead of its trainer (`mlx-tune data` says how fast).
+    """
+
+    data: float
+    """Waiting for the rows and laying them out."""
+    graph: float
+    """Python building the graph, before anything is computed."""
+    forward: float
+    backward: float
+    update: float
+    """Clipping and AdamW, and what of the gradient was left."""
+    logging: float
+    step: float
+    """All of such a step, measured around the phases."""
+    step_undisturbed: float
+    """The median of the steps that do not wait."""
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The phases in their order; together they are the step."""
+        names = ("data", "graph", "forward", "backward", "update", "logging")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a step's time is made of, as parts of 1, and which of it is the most."""
+
+    products: float
+    """The matrix products alone, at their measured speed."""
+    weights: float | None
+    """Reading the weights once forward and once backward, at the chip's bandwidth."""
+    data: float
+    python: float
+    other: float
+    """Element-wise kernels, attention's softmax, launches: what the rest does not explain."""
+    verdict: str
+    """"FLOPs", "bandwidth", "data", "Python" or "other kernels"."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Tokens a second of one model."""
+
+    prompt_tokens_per_second: Spread
+    decode_tokens_per_second: Spread
+
+
+@dataclass
+class Stopwatch:
+    """Seconds since the last `lap`, by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap went to this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+class WatchedTrainer(Trainer):
+    """A trainer that, while it has a stopwatch, waits between forward and backward."""
+
+    stopwatch: Stopwatch | None = None
+
+    def start(self, loss: mx.array, gradient: mx.array, debt: list[KeysValues]) -> None:
+        """Compute a micro-batch: at once in the background, or phase by phase."""
+        if self.stopwatch is None:
+            super().start(loss, gradient, debt)
+            return
+        self.stopwatch.lap("graph")
+        mx.eval(loss)
+        self.stopwatch.lap("forward")
+        mx.eval(gradient, debt)
+        self.stopwatch.lap("backward")
+
+
+class Log:
+    """What a run writes at a log line, into a folder that goes away."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._meter = Meter()
+
+    def write(self, number: int, result: StepResult) -> None:
+        """Take in a step and append its line."""
+        self._meter.step(
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            rows=result.rows,
+            tokens=result.tokens,
+            target_tokens=result.target_tokens,
+            seconds=result.seconds,
+            finite=result.finite,
+        )
+        record = self._meter.record(number, 0.0, peak_memory_gb=mx.get_peak_memory() / 1e9)
+        files.append_line(self._path, json.dumps(record.to_json()))
+
+
+@contextmanager
+def temporary_log() -> Iterator[Log]:
+    """A `Log`, for a `with` block."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Log(Path(folder))
+
+
+def train_pass(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Measures:
+    """One pass over the batches, as a run does it, with a log line a step."""
+    mx.reset_peak_memory()
+    with temporary_log() as log:
+        start = time.perf_counter()
+        for number, result in enumerate(train(trainer, batches, [LEARNING_RATE] * len(batches))):
+            log.write(number, result)
+        seconds = time.perf_counter() - start
+    return _speeds(batches, seconds)
+
+
+def _speeds(batches: Sequence[Sequence[Row]], seconds: float) -> Measures:
+    rows = [row for batch in batches for row in batch]
+    return {
+        "samples_per_second": len(rows) / seconds,
+        "tokens_per_second": sum(len(row.tokens) for row in rows) / seconds,
+        "steps_per_second": len(batches) / seconds,
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+    }
+
+
+def training_of(
+    runs: Sequence[Measures], workload: Workload, machine: Machine, gemm: float
+) -> Training:
+    """The passes' spreads, and the speed in FLOP/s that they amount to."""
+    spread = spreads(runs)
+    per_step = workload.flops / workload.steps if workload.flops else None
+    tflops = per_step * spread["steps_per_second"].median / 1e12 if per_step else None
+    peak = machine.peak_tflops or gemm
+    return Training(
+        samples_per_second=spread["samples_per_second"],
+        tokens_per_second=spread["tokens_per_second"],
+        steps_per_second=spread["steps_per_second"],
+        peak_memory_gb=spread["peak_memory_gb"].high,
+        gemm_tflops=gemm,
+        flops_per_step=per_step,
+        tflops=tflops,
+        peak_tflops=peak,
+        peak_source="table" if machine.peak_tflops else "measured",
+        percent_of_peak=100 * tflops / peak if tflops else None,
+    )
+
+
+def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
+    """One pass over the batches that waits after each phase: seconds a step of each, and of all."""
+    with temporary_log() as log:
+        start = time.perf_counter()
+        watch = trainer.stopwatch = Stopwatch()
+        for number, rows in enumerate(batches):
+            began = time.perf_counter()
+            step = trainer.cut(rows)
+            watch.lap("data")
+            loss, norm, finite = trainer.step(step, number, LEARNING_RATE)
+            mx.eval(loss, norm, finite, trainer.state)
+            watch.lap("update")
+            result = StepResult(
+                loss=float(loss.item()),
+                grad_norm=float(norm.item()),
+                learning_rate=LEARNING_RATE,
+                rows=step.rows,
+                tokens=step.tokens,
+                target_tokens=step.target_tokens,
+                finite=bool(finite.item()),
+                seconds=time.perf_counter() - began,
+                waited=0.0,
+            )
+            log.write(number, result)
+            watch.lap("logging")
+        watch.seconds["step"] = time.perf_counter() - start
+        trainer.stopwatch = None
+    return {phase: spent / len(batches) for phase, spent in watch.seconds.items()}
+
+
+def phases_of(passes: Sequence[Measures], steps_per_second: float) -> Phases:
+    """The phases of the pass that took the median time.
+
+    Args:
+        steps_per_second: of passes that do not wait between phases.
+    """
+    median = sorted(passes, key=lambda seconds: seconds["step"])[len(passes) // 2]
+    return Phases(**median, step_undisturbed=1 / steps_per_second)
+
+
+def limit_of(workload: Workload, training: Training, phases: Phases, machine: Machine) -> Limit:
+    """What a step's time goes to, by what the machine was measured to be able to do."""
+    step = phases.step_undisturbed
+    products = (training.flops_per_step or 0.0) / (training.gemm_tflops * 1e12) / step
+    weights = None
+    if machine.bandwidth_gb_per_second:
+        read = workload.weight_bytes * workload.passes_over_weights / workload.steps
+        weights = read / (machine.bandwidth_gb_per_second * 1e9) / step
+    python = (phases.graph + phases.logging) / step
+    data = phases.data / step
+    other = max(0.0, 1 - max(products, weights or 0.0) - python - data)
+    parts = {
+        "FLOPs": products,
+        "bandwidth": weights or 0.0,
+        "data": data,
+        "Python": python,
+        "other kernels": other,
+    }
+    return Limit(products, weights, data, python, other, max(parts, key=lambda k: parts[k]))
+
+
+def peer_of(model: nn.Module) -> MlxLmTrainer:
+    """mlx-lm's trainer on a model without adapters, with the settings of ours."""
+    return MlxLmTrainer(
+        model,
+        rank=RANK,
+        scale=SCALE,
+        target_modules=TARGET_MODULES,
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def peer_pass(peer: MlxLmTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
+    """One pass of mlx-lm's trainer over the batches."""
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    computed = sum(peer.step(rows)[1] for rows in batches)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(row.tokens) for rows in batches for row in rows)
+    return {**_speeds(batches, seconds), "computed_per_token": computed / tokens}
+
+
+def peer_ratios(runs: Mapping[str, Sequence[Measures]]) -> dict[str, Any]:
+    """mlx-lm's own figures, and ours over them, pass by pass."""
+    keys = ("samples_per_second", "tokens_per_second", "peak_memory_gb")
+    return {
+        "figures": spreads(runs["mlx-lm"]),
+        "ratios": {key: ratio(runs["ours"], runs["mlx-lm"], key) for key in keys},
+    }
+
+
+def measure_generation(
+    base: nn.Module, adapted: nn.Module, config: dict[str, Any], *, decoded: int, repeats: int
+) -> dict[str, Generation]:
+    """Prompt and decode speed of the base model, with the adapter, and with it fused in.
+
+    A quantised base's fused layers are quantised again, as `mlx-tune fuse` does by default.
+    """
+    adapted.eval()
+    fused = synthetic.twin(base, config)
+    quantization = config.get("quantization")
+    layers = [
+        (path, _quantized(layer.fuse(), quantization) if quantization else layer.fuse())
+        for path, layer in lora.adapted_modules(adapted).items()
+    ]
+    fused.update_modules(tree_unflatten(layers))
+    mx.eval(fused.parameters())
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    prompt = mx.array(np.random.default_rng(0).integers(0, vocabulary, 128))
+    runs = interleave(
+        {
+            name: partial(generate, model, prompt, decoded)
+            for name, model in (("base", base), ("adapter", adapted), ("fused", fused))
+        },
+        repeats=repeats,
+        warmups=1,
+    )
+    return {name: Generation(**spreads(turns)) for name, turns in runs.items()}
+
+
+def _quantized(layer: nn.Linear, quantization: Mapping[str, Any]) -> nn.Module:
+    options = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
+    return nn.QuantizedLinear.from_linear(layer, **options)
+
+
+def generate(model: nn.Module, prompt: mx.array, count: int) -> Measures:
+    """Greedy tokens after a prompt, whatever they are, with mlx-lm's own loop."""
+    start = time.perf_counter()
+    tokens = generate_step(prompt, model, max_tokens=count + 1)
+    next(tokens)
+    first = time.perf_counter()
+    for _ in tokens:
+        pass
+    return {
+        "prompt_tokens_per_second": prompt.size / (first - start),
+        "decode_tokens_per_second": count / (time.perf_counter() - first),
+    }
