@@ -1,0 +1,293 @@
+"""The real command line: exit codes, what goes to which stream, and no traceback for anyone."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mlx_tuner.cli import main
+
+PROMPT = "Write a Python function `twice` that doubles a number."
+
+RECIPE = """\
+[model]
+path = "builtin:tiny-qwen"
+[data]
+train = "rows.jsonl"
+[lora]
+rank = 2
+[train]
+max_steps = 2
+batch_size = 2
+log_every = 1
+"""
+
+ROWS = """\
+{"instruction": "Double a number.", "output": "def double(x):\\n    return 2 * x"}
+{"instruction": "Halve a number.", "output": "def halve(x):\\n    return x / 2"}
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left on its streams."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Here:
+    """Runs commands in this process, which saves their imports; the streams are the real ones."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self.capture = capture
+
+    def __call__(self, *arguments: object) -> Done:
+        self.capture.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments], prog_name="mlx-tune")
+        code = end.value.code
+        assert code is None or isinstance(code, int)
+        return Done(code or 0, *self.capture.readouterr())
+
+    def refused(self, exit_code: int, *arguments: object) -> list[str]:
+        """The lines of a command that fails with nothing on standard output."""
+        done = self(*arguments)
+        assert done.returncode == exit_code, done.stderr
+        assert done.stdout == ""
+        return done.stderr.splitlines()
+
+
+@pytest.fixture
+def mlx_tune(capfd: pytest.CaptureFixture[str]) -> Here:
+    return Here(capfd)
+
+
+def in_a_process(*arguments: object, folder: Path, **environment: str) -> Done:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_tuner", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a good recipe and good rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "small.toml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A small run, and what `run --json` left on the streams of its process."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "rows.jsonl").write_text(ROWS)
+    (folder / "small.toml").write_text(RECIPE)
+    return folder / "adapters" / "small", in_a_process("run", "small.toml", "--json", folder=folder)
+
+
+# ---- a wrong command line or recipe: 2 ---------------------------------------------------------
+
+
+def test_without_a_command_the_help_is_shown(mlx_tune: Here) -> None:
+    assert "Commands:" in mlx_tune.refused(2)
+
+
+def test_unknown_commands_and_options_are_refused(mlx_tune: Here) -> None:
+    assert "No such command 'trian'" in "\n".join(mlx_tune.refused(2, "trian"))
+    assert "No such option '--epochs'" in "\n".join(mlx_tune.refused(2, "run", "--epochs", 3))
+
+
+def test_a_missing_recipe_is_refused_by_name(mlx_tune: Here, folder: Path) -> None:
+    for command in ("run", "plan"):
+        [line] = mlx_tune.refused(2, command, "missing.toml")
+        assert line.startswith("mlx-tune: error: missing.toml: cannot be read (No such file")
+
+
+def test_every_fault_of_a_recipe_is_a_line_with_its_place(mlx_tune: Here, folder: Path) -> None:
+    (folder / "small.toml").write_text(
+        RECIPE.replace("rank = 2", "r = 2\nalhpa = 4").replace("log_every", "iters")
+    )
+    lines = mlx_tune.refused(2, "run", "small.toml")
+    assert [line.rsplit("; ")[0] for line in lines] == [
+        "mlx-tune: error: small.toml:6: lora.r: unknown key",
+        "mlx-tune: error: small.toml:7: lora.alhpa: unknown key",
+        "mlx-tune: error: small.toml:11: train.iters: unknown key",
+    ]
+    assert lines[0].endswith("; here it is `lora.rank`")
+    assert lines[1].endswith("; did you mean `alpha`?")
+    assert "`train.max_steps`" in lines[2]
+    assert not (folder / "adapters").exists()
+
+
+def test_overrides_are_checked_like_a_recipe(mlx_tune: Here, folder: Path) -> None:
+    overrides = ["--set", "lora.rank=zero", "--set", "train.max_steps=0"]
+    lines = mlx_tune.refused(2, "run", "small.toml", *overrides)
+    assert [line.split(": ")[2] for line in lines] == ["--set lora.rank", "--set train.max_steps"]
+
+
+def test_resume_and_overwrite_exclude_each_other(mlx_tune: Here, folder: Path) -> None:
+    [line] = mlx_tune.refused(2, "run", "small.toml", "--resume", "--overwrite")
+    assert line == "mlx-tune: error: --resume and --overwrite exclude each other; give one"
+
+
+def test_a_run_is_not_replaced_without_being_asked(
+    mlx_tune: Here, finished: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = finished
+    monkeypatch.chdir(run.parent.parent)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*")}
+    lines = mlx_tune.refused(2, "run", "small.toml")
+    assert lines[-1].startswith("mlx-tune: error: adapters/small: ")
+    assert "--resume" in lines[-1]
+    assert "--overwrite" in lines[-1]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*")} == before
+
+
+# ---- wrong data or model: 1 --------------------------------------------------------------------
+
+
+def test_bad_rows_are_told_with_their_lines_and_leave_no_run(mlx_tune: Here, folder: Path) -> None:
+    (folder / "rows.jsonl").write_text(ROWS + '{"instruction": "no answer"}\nnot json\n')
+    lines = mlx_tune.refused(1, "run", "small.toml")
+    faults = [line for line in lines if line.startswith("mlx-tune: error: ")]
+    assert ["rows.jsonl:3: " in faults[0], "rows.jsonl:4: " in faults[1]] == [True, True]
+    assert len(faults) == 2
+    assert not (folder / "adapters").exists()
+
+
+def test_data_exits_with_0_on_good_rows_and_with_1_on_bad_ones(
+    mlx_tune: Here, folder: Path
+) -> None:
+    done = mlx_tune("data", "rows.jsonl", "--json")
+    assert done.returncode == 0
+    assert isinstance(json.loads(done.stdout), dict)
+    (folder / "rows.jsonl").write_text(ROWS + "[]\n")
+    done = mlx_tune("data", "rows.jsonl")
+    assert done.returncode == 1
+    assert "rows.jsonl:3: " in done.stderr
+
+
+def test_a_model_that_is_not_there_is_an_error(mlx_tune: Here, folder: Path) -> None:
+    lines = mlx_tune.refused(1, "generate", "./no-such-model", "hello")
+    assert lines[-1].startswith("mlx-tune: error: ./no-such-model: ")
+
+
+# ---- what goes where ---------------------------------------------------------------------------
+
+
+def test_run_json_prints_the_summary_and_nothing_else_on_stdout(
+    finished: tuple[Path, Done],
+) -> None:
+    run, done = finished
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((run / "summary.json").read_text())
+
+
+def test_progress_without_a_terminal_is_plain_lines_on_stderr(finished: tuple[Path, Done]) -> None:
+    _, done = finished
+    assert not {"\x1b", "\r"} & set(done.stderr)
+    assert [line[:8] for line in done.stderr.splitlines()[-2:]] == ["step 1/2", "step 2/2"]
+
+
+def test_a_terminal_that_knows_only_ascii_gets_ascii(folder: Path) -> None:
+    names = ("LC_ALL", "PYTHONUTF8", "PYTHONCOERCECLOCALE", "PYTHONIOENCODING")
+    done = in_a_process(
+        "run",
+        "small.toml",
+        folder=folder,
+        **dict(zip(names, ("C", "0", "0", "ascii"), strict=True)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert done.stderr.isascii()
+    assert "small finished: 2 steps" in done.stdout
+
+
+def test_dry_run_is_plan_and_leaves_nothing(mlx_tune: Here, folder: Path) -> None:
+    planned = json.loads(mlx_tune("plan", "small.toml", "--json").stdout)
+    dry = json.loads(mlx_tune("run", "small.toml", "--dry-run", "--json").stdout)
+    for plan in (planned, dry):  # which depend on the memory that is free just now
+        del plan["micro_batch_tokens"], plan["peak_memory_gb"]
+    assert dry == planned
+    assert dry["steps"] == 2
+    assert {path.name for path in folder.iterdir()} == {"rows.jsonl", "small.toml"}
+
+
+def test_plan_needs_no_weights_and_counts_what_the_user_recorded(
+    mlx_tune: Here, shared: Path, root: Path, tmp_path: Path
+) -> None:
+    real = shared / "qwen2.5-coder"
+    shutil.copyfile(real / "config-1.5B.json", tmp_path / "config.json")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(real / name, tmp_path / name)
+    recipe = root / "recipes" / "first.toml"
+    done = mlx_tune("plan", recipe, "--json", "--set", f"model.path={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["trainable_parameters"] == 2_179_072
+    assert plan["total_parameters"] == 1_545_893_376
+    assert (plan["rows"], plan["steps"], plan["steps_per_epoch"]) == (5, 6, 2)
+    logged = [2e-4, 1.67e-4, 1.33e-4, 1e-4, 6.7e-5, 3.3e-5]
+    assert plan["learning_rates"] == pytest.approx(logged, abs=5e-7)  # he noted them rounded
+    assert {"tokens", "target_tokens", "peak_memory_gb"} <= plan.keys()
+
+
+def test_generate_prints_the_answer_alone(mlx_tune: Here, finished: tuple[Path, Done]) -> None:
+    from mlx_tuner.generate import answer, load
+
+    run, _ = finished
+    done = mlx_tune("generate", run, PROMPT, "--max-tokens", 12)
+    chat = [{"role": "user", "content": PROMPT}]
+    expected = "".join(answer(load(str(run)), chat, max_tokens=12, temperature=0))
+    assert (done.returncode, done.stdout) == (0, expected + "\n")
+
+
+def test_a_chat_ends_with_its_input(
+    mlx_tune: Here, finished: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = finished
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say something.\n"))
+    done = mlx_tune("generate", run, "--max-tokens", 4)
+    assert done.returncode == 0
+    assert done.stdout.endswith("\n")
+    assert done.stderr.count("you> ") == 2
+
+
+@pytest.mark.parametrize("command", ["generate RUN PROMPT", "compare RUN RUN", "plan RECIPE"])
+def test_a_reader_that_leaves_causes_no_traceback(
+    command: str, finished: tuple[Path, Done]
+) -> None:
+    run, _ = finished
+    places = {"RUN": str(run), "PROMPT": PROMPT, "RECIPE": str(run / "recipe.toml")}
+    words = [places.get(word, word) for word in command.split()]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_tuner", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=run.parent,
+        )
+    finally:
+        os.close(writing)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
