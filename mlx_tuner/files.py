@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,19 @@ def staging(directory: Path) -> Iterator[Path]:
     """A temporary folder beside `directory`; once filled and flushed, it becomes `directory`.
 
     `MANIFEST.json`, with the size and SHA-256 of every file, is written last. `directory` must not
-    exist, or be empty. After an exception in the block nothing is left.
+    exist, or be empty. After an exception in the block nothing is left, and what a killed process
+    left of the same `directory` is removed by the next one.
     """
     require_new(directory)
     target = directory.resolve()  # which has a name and a parent, unlike "."
-    temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-    with _faults_named(directory):
+    prefix = f"{_TEMPORARY}{target.name[:64]}-"
+    temporary = target.with_name(f"{prefix}{uuid.uuid4().hex}")
+    with _faults_named(directory), ExitStack() as stack:
+        _discard_abandoned(target.parent, prefix)
         try:
             make_folder(temporary)
+            if (held := _hold(temporary)) is not None:
+                stack.callback(os.close, held)
             yield temporary
             files = _files_below(temporary)
             with ThreadPoolExecutor() as pool:  # one part of the machine hashes, another flushes
@@ -318,6 +324,29 @@ def _owner(descriptor: int) -> str:
 
 
 # ---- helpers -----------------------------------------------------------------------------------
+
+
+def _hold(folder: Path) -> int | None:
+    """Show other processes that a folder is in use, until the descriptor is closed.
+
+    None where another process does, or where there are no locks: then nobody takes it away.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _discard_abandoned(directory: Path, prefix: str) -> None:
+    """Delete the folders in `directory` with that prefix which no live process holds."""
+    for path in directory.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError):
+            if (held := _hold(path)) is not None:
+                _discard(path)
+                os.close(held)
 
 
 def _discard(path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,22 @@ def test_an_empty_current_folder_and_a_link_to_an_empty_one_can_be_filled(tmp_pa
     with files.staging(tmp_path / "link") as folder:
         (folder / "x").write_text("new")
     assert files.verify(tmp_path / "there") == []
+
+
+def stage_and_fail(directory):
+    with suppress(ZeroDivisionError), files.staging(directory):
+        raise ZeroDivisionError
+
+
+def test_what_a_killed_process_staged_is_removed_and_what_a_live_one_stages_is_not(tmp_path):
+    for name in (".tmp-out-0123", ".tmp-other-0123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    with files.staging(tmp_path / "out") as live:
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-other-0123", live.name]
+        stage_and_fail(tmp_path / "out")
+        assert live.exists()
+        assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_fills_up_while_it_is_staged_is_not_replaced_either(tmp_path):
