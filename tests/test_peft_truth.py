@@ -52,6 +52,7 @@ def truth(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("peft")
     base = resolve("builtin:tiny-qwen")
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.get_peft_model(
         model,

@@ -68,14 +68,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(config: Mapping[str, Any] = BASE, *, dropout: float = 0.0) -> nn.Module:
+def tiny_model(
+    config: Mapping[str, Any] = BASE, *, dropout: float = 0.0, strength: float = 0.1
+) -> nn.Module:
     """A model with random weights and an adapter on all its linear layers that is not zero."""
     mx.random.seed(0)
     model = skeleton(dict(config))
     mx.eval(model.parameters())
     lora.attach(model, rank=4, scale=2.0, dropout=dropout, target_modules="all-linear")
     factors = lora.trainable(model)
-    set_adapter(model, {name: 0.1 * mx.random.normal(v.shape) for name, v in factors.items()})
+    set_adapter(model, {name: strength * mx.random.normal(v.shape) for name, v in factors.items()})
     mx.eval(model.parameters())
     return model
 
