@@ -6,9 +6,9 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from mlx.utils import tree_unflatten
 from mlx_lm.generate import generate_step
 
 from mlx_tuner import files, lora, synthetic
-from mlx_tuner.batching import Row
+from mlx_tuner.batching import Row, Step
+from mlx_tuner.dataset import Example
 from mlx_tuner.device import Machine
 from mlx_tuner.forward import KeysValues
 from mlx_tuner.measure import Measures, Spread, interleave, ratio, spreads
 from mlx_tuner.metrics import Meter
 from mlx_tuner.peer import MlxLmTrainer
-from mlx_tuner.trainer import StepResult, Trainer, train
+from mlx_tuner.stream import prefetch
+from mlx_tuner.trainer import Trainer, train
 from mlx_tuner.workload import LEARNING_RATE, RANK, SCALE, TARGET_MODULES, Workload
 
 
@@ -52,7 +54,7 @@ class Training:
 class Phases:
     """Seconds of one step by what they go to, from steps that wait after each phase.
 
-    Rows come as token ids: a run tokenises ahead of its trainer (`mlx-tune data` says how fast).
+    Rows are token ids already; `mlx-tune data` says how fast a run's thread makes them.
     """
 
     data: float
@@ -115,9 +117,16 @@ class Stopwatch:
 
 
 class WatchedTrainer(Trainer):
-    """A trainer that, while it has a stopwatch, waits between forward and backward."""
+    """A trainer that, while it has a stopwatch, waits after each phase of a step."""
 
     stopwatch: Stopwatch | None = None
+
+    def cut(self, rows: Sequence[Row]) -> Step:
+        """The rows of one step as micro-batches."""
+        step = super().cut(rows)
+        if self.stopwatch:
+            self.stopwatch.lap("data")
+        return step
 
     def start(self, loss: mx.array, gradient: mx.array, debt: list[KeysValues]) -> None:
         """Compute a micro-batch: at once in the background, or phase by phase."""
@@ -131,45 +140,60 @@ class WatchedTrainer(Trainer):
         self.stopwatch.lap("backward")
 
 
-class Log:
-    """What a run writes at a log line, into a folder that goes away."""
+class Given:
+    """Rows that are token ids already, as `prefetch` asks for them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
-        self._meter = Meter()
+    def __init__(self, batches: Sequence[Sequence[Row]]) -> None:
+        rows = [row for batch in batches for row in batch]
+        self._rows = [Example(*row, row=i, line=i + 1) for i, row in enumerate(rows)]
+        ends = list(accumulate(map(len, batches), initial=0))
+        self.steps = [range(*pair) for pair in pairwise(ends)]
 
-    def write(self, number: int, result: StepResult) -> None:
-        """Take in a step and append its line."""
-        self._meter.step(
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rate=result.learning_rate,
-            rows=result.rows,
-            tokens=result.tokens,
-            target_tokens=result.target_tokens,
-            seconds=result.seconds,
-            finite=result.finite,
-        )
-        record = self._meter.record(number, 0.0, peak_memory_gb=mx.get_peak_memory() / 1e9)
-        files.append_line(self._path, json.dumps(record.to_json()))
+    def examples(self, positions: Sequence[int]) -> list[Example]:
+        """The rows at the positions."""
+        return [self._rows[position] for position in positions]
 
 
-@contextmanager
-def temporary_log() -> Iterator[Log]:
-    """A `Log`, for a `with` block."""
+def steps_of_a_run(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Iterator[None]:
+    """A pass over the batches as a run makes it, rows from its thread, a log line a step.
+
+    Yields before and after each log line.
+    """
+    given = Given(batches)
+    rows = ([Row(e.tokens, e.loss_mask) for e in step] for step in prefetch(given, given.steps))
+    meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
-        yield Log(Path(folder))
+        log = Path(folder) / "metrics.jsonl"
+        for number, result in enumerate(train(trainer, rows, [LEARNING_RATE] * len(batches))):
+            yield
+            numbers = asdict(result)
+            del numbers["waited"]
+            meter.step(**numbers)
+            record = meter.record(number, 0.0, peak_memory_gb=mx.get_peak_memory() / 1e9)
+            files.append_line(log, json.dumps(record.to_json()))
+            yield
 
 
 def train_pass(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Measures:
-    """One pass over the batches, as a run does it, with a log line a step."""
+    """Speed and peak memory of one pass over the batches."""
     mx.reset_peak_memory()
-    with temporary_log() as log:
-        start = time.perf_counter()
-        for number, result in enumerate(train(trainer, batches, [LEARNING_RATE] * len(batches))):
-            log.write(number, result)
-        seconds = time.perf_counter() - start
-    return _speeds(batches, seconds)
+    start = time.perf_counter()
+    for _ in steps_of_a_run(trainer, batches):
+        pass
+    return _speeds(batches, time.perf_counter() - start)
+
+
+def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
+    """One pass over the batches that waits after each phase: seconds a step of each, and of all."""
+    start = time.perf_counter()
+    watch = trainer.stopwatch = Stopwatch()
+    try:
+        for i, _ in enumerate(steps_of_a_run(trainer, batches)):
+            watch.lap("logging" if i % 2 else "update")
+        watch.seconds["step"] = time.perf_counter() - start
+    finally:
+        trainer.stopwatch = None
+    return {phase: spent / len(batches) for phase, spent in watch.seconds.items()}
 
 
 def _speeds(batches: Sequence[Sequence[Row]], seconds: float) -> Measures:
@@ -202,36 +226,6 @@ def training_of(
         peak_source="table" if machine.peak_tflops else "measured",
         percent_of_peak=100 * tflops / peak if tflops else None,
     )
-
-
-def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
-    """One pass over the batches that waits after each phase: seconds a step of each, and of all."""
-    with temporary_log() as log:
-        start = time.perf_counter()
-        watch = trainer.stopwatch = Stopwatch()
-        for number, rows in enumerate(batches):
-            began = time.perf_counter()
-            step = trainer.cut(rows)
-            watch.lap("data")
-            loss, norm, finite = trainer.step(step, number, LEARNING_RATE)
-            mx.eval(loss, norm, finite, trainer.state)
-            watch.lap("update")
-            result = StepResult(
-                loss=float(loss.item()),
-                grad_norm=float(norm.item()),
-                learning_rate=LEARNING_RATE,
-                rows=step.rows,
-                tokens=step.tokens,
-                target_tokens=step.target_tokens,
-                finite=bool(finite.item()),
-                seconds=time.perf_counter() - began,
-                waited=0.0,
-            )
-            log.write(number, result)
-            watch.lap("logging")
-        watch.seconds["step"] = time.perf_counter() - start
-        trainer.stopwatch = None
-    return {phase: spent / len(batches) for phase, spent in watch.seconds.items()}
 
 
 def phases_of(passes: Sequence[Measures], steps_per_second: float) -> Phases:
@@ -300,7 +294,7 @@ def measure_generation(
 ) -> dict[str, Generation]:
     """Prompt and decode speed of the base model, with the adapter, and with it fused in.
 
-    A quantised base's fused layers are quantised again, as `mlx-tune fuse` does by default.
+    A quantised base's fused layers are quantised again, so that all three read as many bytes.
     """
     adapted.eval()
     fused = synthetic.twin(base, config)
