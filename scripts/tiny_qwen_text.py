@@ -5,9 +5,11 @@ Everything is a function of the interpreter's own library and a seed; nothing is
 
 import ast
 import random
+import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 Conversation = list[dict[str, str]]
@@ -18,7 +20,7 @@ SKIPPED_FOLDERS = {
     "site-packages", "test", "tests", "tkinter", "turtledemo",
 }  # fmt: skip
 # Never trained on: what the recorded held-out loss is measured on.
-HELD_OUT = ("bisect.py", "fractions.py", "heapq.py", "json/decoder.py", "shlex.py", "textwrap.py")
+HELD_OUT = ("bisect.py", "fractions.py", "heapq.py", "shlex.py", "textwrap.py")
 MAX_FUNCTION_LINES = 14
 
 
@@ -33,6 +35,12 @@ def library_sources() -> dict[str, str]:
             continue
         sources[relative.as_posix()] = path.read_text("utf-8")
     return sources
+
+
+def function_names(sources: Iterable[str]) -> list[str]:
+    """The public functions' names of the sources, sorted."""
+    found = (re.findall(r"def ([a-z]\w{2,})\(", source) for source in sources)
+    return sorted(set(chain.from_iterable(found)))
 
 
 def library_conversations(source: str, rng: random.Random) -> Iterator[Conversation]:
@@ -81,8 +89,6 @@ def fenced(code: str) -> str:
 
 
 # The parts of the made-up functions: how a request words each, and how Python writes it.
-VERBS = ("get", "make", "find", "check", "compute", "build", "select", "run")
-NOUNS = ("result", "part", "list", "value", "answer", "output", "entry", "case")
 LISTS = ("numbers", "values", "data", "xs", "items", "samples")
 TEXTS = ("text", "word", "line", "name", "s")
 SCALARS = (("a", "b"), ("x", "y"), ("n", "m"), ("left", "right"), ("first", "second"))
@@ -135,15 +141,21 @@ TEXT_STEPS = {
 }
 
 
-def made_up_conversations(count: int, rng: random.Random) -> Iterator[Conversation]:
-    """`count` requests for small functions put together from the parts above, with answers."""
+def made_up_conversations(
+    count: int, names: list[str], rng: random.Random
+) -> Iterator[Conversation]:
+    """`count` requests for small functions put together from the parts above, with answers.
+
+    Their names are drawn from `names`: many, so that a name is learned to be copied from a request.
+    """
     makers = (_about_a_list, _about_a_total, _about_two_values, _about_a_text)
     for _ in range(count):
-        name = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
+        name = rng.choice(names)
         arguments, wish, body = rng.choice(makers)(rng)
         request = rng.choice(
             (
                 f"Write a Python function {name}({arguments}) that returns {wish}.",
+                f"Write a Python function `{name}` that returns {wish}.",
                 f"Write {name}({arguments}) in Python: return {wish}.",
                 f"I need a function called {name}. It should take {arguments} and return {wish}.",
             )
