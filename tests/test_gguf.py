@@ -1,0 +1,179 @@
+"""GGUF: what gguf's own reader finds in the file, and what llama.cpp makes of it."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from tiny_models import BUILTIN, make_adapter, make_model
+
+from mlx_tuner.adapter import read_adapter, write_adapter
+from mlx_tuner.errors import ModelError, UsageError
+from mlx_tuner.fuse import merge
+from mlx_tuner.gguf import export_gguf
+from mlx_tuner.model import load_tokenizer
+from mlx_tuner.progress import Display
+
+gguf = pytest.importorskip("gguf")
+
+ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": None}
+
+
+@pytest.fixture
+def display():
+    with Display() as shown:
+        yield shown
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / request.param
+    tied = request.param == "qwen3"
+    return make_model(folder, request.param, tie_word_embeddings=tied, intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "adapted"
+    write_adapter(folder, make_adapter(load_model(base)[0], base))
+    return folder
+
+
+def fields_of(path):
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_reader_finds_the_fused_tensors(base, adapted, tmp_path, display, dtype):
+    made = export_gguf(adapted, tmp_path / "model.gguf", display, dtype=dtype)
+    reader = gguf.GGUFReader(made.path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    fused = dict(tree_flatten(merge(base, read_adapter(adapted), mx.float32).parameters()))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)  # a superset of Qwen2's
+    assert len(found) == len(fused)
+    for name, value in fused.items():
+        stored = found[names.get_name(name, (".weight", ".bias"))]
+        expected = np.array(value)
+        kind = "f32" if value.ndim == 1 else dtype
+        assert stored.tensor_type.name == kind.upper()
+        values = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(expected.shape)
+        if kind == "q8_0":
+            step = np.abs(expected.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
+            error = np.abs(values - expected).reshape(-1, 32)
+            assert (error <= step * (0.5 + 127 * 2**-11) + 1e-7).all()
+        else:
+            assert (np.abs(values - expected) <= ROUNDING[kind] * np.abs(expected) + 1e-7).all()
+    assert made.bytes == sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    assert made.check.error < 0.1
+
+
+def test_the_metadata_is_what_llama_cpp_asks_for(base, adapted, tmp_path, display):
+    made = export_gguf(adapted, tmp_path / "model.gguf", display, dtype="q8_0")
+    fields = fields_of(made.path)
+    architecture = json.loads((base / "config.json").read_text())["model_type"]
+    expected = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": "adapted",
+        "general.file_type": 7,
+        f"{architecture}.block_count": 3,
+        f"{architecture}.context_length": 512,
+        f"{architecture}.embedding_length": 32,
+        f"{architecture}.feed_forward_length": 64,
+        f"{architecture}.attention.head_count": 4,
+        f"{architecture}.attention.head_count_kv": 2,
+        f"{architecture}.rope.freq_base": 10000.0,
+        f"{architecture}.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.eos_token_id": 2039,
+        "tokenizer.ggml.eot_token_id": 2039,
+        "tokenizer.ggml.padding_token_id": 2037,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    if architecture == "qwen3":
+        expected |= {"qwen3.attention.key_length": 16, "qwen3.attention.value_length": 16}
+    assert {name: fields.get(name) for name in expected} == expected
+    template = load_tokenizer(base)._tokenizer.chat_template
+    assert fields["tokenizer.chat_template"] == template
+
+
+def test_tokens_types_and_merges_are_the_tokenizers(base, adapted, tmp_path, display):
+    fields = fields_of(export_gguf(adapted, tmp_path / "model.gguf", display).path)
+    table = json.loads((base / "tokenizer.json").read_text())
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 2048
+    assert all(tokens[i] == token for token, i in table["model"]["vocab"].items())
+    assert tokens[2039] == "<|im_end|>"
+    assert tokens[2040] == "<tool_call>"
+    assert (types[0], types[2039], types[2040]) == (1, 3, 4)
+    assert [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]] == table["model"][
+        "merges"
+    ]
+
+
+def test_rows_of_the_embedding_without_a_token_are_named_as_padding(tmp_path, display):
+    base = make_model(tmp_path / "base", vocab_size=2080)
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
+    fields = fields_of(export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display).path)
+    assert fields["tokenizer.ggml.tokens"][-1] == "[PAD2079]"
+    assert fields["tokenizer.ggml.token_type"][-1] == 5
+
+
+def test_the_modelfile_writes_turns_as_the_models_template_does(adapted, tmp_path, display):
+    made = export_gguf(adapted, tmp_path / "model.gguf", display)
+    text = made.modelfile.read_text()
+    assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{- range .Messages }}<|im_start|>')
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    rendered = load_tokenizer(BUILTIN)._tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False
+    )
+    has_default = rendered.startswith("<|im_start|>system\n")
+    assert ('SYSTEM """' in text) == has_default
+
+
+def test_weights_of_a_shape_that_q8_0_has_no_blocks_for_are_halves(tmp_path, display):
+    base = make_model(tmp_path / "base", intermediate_size=48)
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
+    made = export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display, dtype="q8_0")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.path).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "Modelfile"])
+def test_what_is_there_already_is_never_written_to(adapted, tmp_path, display, name):
+    (tmp_path / name).write_text("kept")
+    with pytest.raises(UsageError, match=f"{name}: is there already"):
+        export_gguf(adapted, tmp_path / "model.gguf", display)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "kept"
+
+
+def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
+    base = make_model(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, scale=1e-3))
+    with pytest.raises(ModelError, match="of what the fine-tune changes"):
+        export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display, dtype="bf16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path, display):
+    base = make_model(tmp_path / "base", "qwen3")
+    text = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text(text.replace(r"|\\p{N}|", r"|\\p{N}{1,3}|"))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes the file at its word
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
+    with pytest.raises(ModelError, match="cuts text in another way than Qwen2's"):
+        export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display)
+
+
+def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, display, monkeypatch):
+    monkeypatch.setattr("mlx_tuner.gguf._ARCHITECTURES", ("qwen2_moe",))
+    with pytest.raises(ModelError, match="cannot be written as GGUF"):
+        export_gguf(adapted, tmp_path / "m.gguf", display)
