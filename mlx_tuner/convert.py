@@ -49,9 +49,9 @@ PROMPT = '''def fibonacci(n):
 
 _TOLERANCE: dict[str | int, float] = {
     "exact": 1e-5,
-    "float16": 0.02,
-    "bfloat16": 0.1,
-    8: 0.3,
+    "float16": 0.01,
+    "bfloat16": 0.05,
+    8: 0.2,
     4: 1.0,
 }
 """Largest root mean square of the logits' error, in standard deviations of the logits.
@@ -91,7 +91,8 @@ class Conversion:
 
     folder: Path
     model: str
-    revision: str | None
+    commit: str | None
+    """Of a Hub model."""
     form: str
     """Dtype, or bits and group size, in words."""
     bytes: int
@@ -148,7 +149,8 @@ def convert(
                     f"{work.form} explains {work.tolerance:g}; the result was not kept"
                 )
                 raise ModelError(Fault(str(output), "", what))
-        made = Conversion(output, model, revision, work.form, work.bytes, check, source.notes)
+        commit = source.folder.name if source.folder.parent.name == "snapshots" else None
+        made = Conversion(output, model, commit, work.form, work.bytes, check, source.notes)
         files.write_text(folder / CARD, _card(made))
     return made
 
@@ -283,14 +285,13 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def _card(made: Conversion) -> str:
     """The folder's model card. It has no date and no path, so that it is the same every time."""
-    named = made.model.count("/") == 1 and not Path(made.model).expanduser().exists()
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
-    if named:
-        lines += ["base_model:", f"- {made.model}"]
-    source = made.model if named else Path(made.model).name
-    at = f" at revision {made.revision}" if made.revision else ""
-    lines += ["---", "", f"# {source} in {made.form}", ""]
-    lines += [f"{source}{at}, converted for MLX by mlx-tune {__version__}.", ""]
+    name, commit = Path(made.model).name, ""
+    if made.commit is not None:
+        lines += [f"base_model: {made.model}"]
+        name, commit = made.model, f" at commit {made.commit}"
+    lines += ["---", "", f"# {name} in {made.form}", ""]
+    lines += [f"{name}{commit}, converted for MLX by mlx-tune {__version__}.", ""]
     if made.check is not None:
         lines += [
             "Compared with its source on a fixed prompt, both computed in float32:",

@@ -83,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.split("/")
         if path == "api/repos/create":
             self._create()
+        elif path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
         elif parts[0] == "lfs":
             self.hub.uploads[parts[1]] = self.body
             self._send(b"")

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_hub import COMMIT, FakeHub, Repository
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm import utils as mlx_lm_utils
@@ -408,6 +409,38 @@ def test_a_conversion_killed_at_any_moment_leaves_all_or_nothing(source, tmp_pat
     assert sum(outcomes.values()) == 50
     assert outcomes["absent"] > 5
     assert snapshot(source) == before
+
+
+@pytest.mark.slow
+def test_a_hub_model_is_converted_and_pushed_and_the_token_is_not_shown(source, tmp_path):
+    fake = FakeHub()
+    fake.repositories["models/qwen/tiny"] = Repository(snapshot(source))
+    command = ["convert", "qwen/tiny", "-o", "out", "--quantize", "4", "--push", "me/mine"]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_tuner", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "HF_ENDPOINT": fake.address,
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_TOKEN": "hf_secret",
+            },
+        )
+    finally:
+        fake.close()
+    assert done.returncode == 0, done.stderr
+    assert f"{fake.address}/me/mine" in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert fake.tokens == {"Bearer hf_secret"}
+    pushed = fake.repositories["models/me/mine"]
+    assert pushed.private
+    assert pushed.files == snapshot(tmp_path / "out")
+    assert f"qwen/tiny at commit {COMMIT}, converted" in pushed.files["README.md"].decode()
 
 
 CANARY = """
