@@ -34,7 +34,8 @@ from mlx_tuner.terminal import plural
 BadRowPolicy = Literal["error", "skip"]
 
 SETTLED_BYTES = 4 << 20
-"""Bytes of rows that are encoded before the first step: about a second's work."""
+"""Bytes of rows that are encoded before the first step, about a second's work, and then kept: their
+tokens take little more."""
 
 QUARANTINE_KEPT = 1000
 """Rows left out whose reasons are kept; those after them are only counted."""
@@ -133,12 +134,12 @@ def open_dataset(
         system_prompt=system_prompt,
         on_long_row=on_long_row,
     )
+    reader = _Reader(file, encoder)
     sieve = _Sieve(file, checked, on_bad_row, on_long_row)
     sieve.leave_out_bad_rows()
     at_most = max_seq_length - _TEMPLATE_TOKENS - len((system_prompt or "").encode())
-    sieve.settle(encoder, at_most)
-    rows = sieve.usable_rows()
-    return Dataset(file, checked, encoder, rows, sieve.facts, tuple(sieve.quarantined))
+    sieve.settle(reader, at_most)
+    return Dataset(reader, checked, sieve.usable_rows(), sieve.facts, tuple(sieve.quarantined))
 
 
 class Dataset:
@@ -146,9 +147,8 @@ class Dataset:
 
     def __init__(
         self,
-        file: RowFile,
+        reader: _Reader,
         checked: Checked,
-        encoder: Encoder,
         rows: np.ndarray | None,
         facts: Facts,
         quarantined: tuple[Quarantined, ...],
@@ -159,12 +159,10 @@ class Dataset:
         """The first rows that were left out."""
         self.replaced_rows = 0
         """Rows that turned out unusable when they were used: the next one was used instead."""
-        self._file = file
+        self._file = reader.file
+        self._reader = reader
         self._checked = checked
-        self._encoder = encoder
         self._rows = rows
-        self._encoded_rows = 0
-        self._encoding_seconds = 0.0
 
     def __len__(self) -> int:
         """Usable rows."""
@@ -176,13 +174,9 @@ class Dataset:
         Raises:
             DataError: the file has changed, or no usable row is left.
         """
-        start = time.perf_counter()
         self._file.check_unchanged()
-        encoded = self._encode(positions)
-        examples = [self._example(*pair) for pair in zip(positions, encoded, strict=True)]
-        self._encoded_rows += len(examples)
-        self._encoding_seconds += time.perf_counter() - start
-        return examples
+        encoded = self._reader.encode([self._row(position) for position in positions])
+        return [self._example(*pair) for pair in zip(positions, encoded, strict=True)]
 
     @property
     def byte_lengths(self) -> np.ndarray:
@@ -198,8 +192,9 @@ class Dataset:
 
     @property
     def rows_per_second(self) -> float | None:
-        """Rows read and encoded in a second of doing so."""
-        return self._encoded_rows / self._encoding_seconds if self._encoded_rows else None
+        """Rows of the file read and encoded in a second of doing so."""
+        reader = self._reader
+        return reader.encoded_rows / reader.seconds if reader.encoded_rows else None
 
     @property
     def notes(self) -> list[str]:
@@ -228,15 +223,12 @@ class Dataset:
         """The rows at which `chosen` (bool, shape (len,)) is true, in their order."""
         rows = np.flatnonzero(chosen).astype(np.uint32)
         rows = rows if self._rows is None else self._rows[rows]
-        return Dataset(self._file, self._checked, self._encoder, rows, self.facts, self.quarantined)
+        return Dataset(self._reader, self._checked, rows, self.facts, self.quarantined)
 
     def _row(self, position: int) -> int:
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of {len(self)}")
         return position if self._rows is None else int(self._rows[position])
-
-    def _encode(self, positions: Sequence[int]) -> list[Encoded]:
-        return _encode(self._file, self._encoder, [self._row(p) for p in positions])
 
     def _example(self, position: int, encoded: Encoded) -> Example:
         for _ in range(len(self)):
@@ -245,7 +237,7 @@ class Dataset:
                 return Example(encoded.tokens, encoded.loss_mask, row, self._file.line(row))
             self.replaced_rows += 1
             position = (position + 1) % len(self)
-            (encoded,) = self._encode([position])
+            (encoded,) = self._reader.encode([self._row(position)])
         raise _nothing_left(self._file)
 
 
@@ -267,6 +259,34 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
 def shared_rows(train: Dataset, valid: Dataset) -> int:
     """Rows of `valid` that are in `train` as well, by the 32-bit hash of their content."""
     return int(np.isin(valid.digests, train.digests).sum())
+
+
+class _Reader:
+    """Reads and encodes rows, and keeps those that it is told to."""
+
+    def __init__(self, file: RowFile, encoder: Encoder) -> None:
+        self.file = file
+        self.encoded_rows = 0
+        self.seconds = 0.0
+        """Time that encoding them has taken."""
+        self._encoder = encoder
+        self._kept: dict[int, Encoded] = {}
+
+    def encode(self, rows: Sequence[int]) -> list[Encoded]:
+        """Each of `rows` as the model sees it."""
+        new = [row for row in rows if row not in self._kept]
+        if not new:
+            return [self._kept[row] for row in rows]
+        start = time.perf_counter()
+        parsed = [parse_row(self.file[row], where=self.file.where(row)) for row in new]
+        encoded = dict(zip(new, self._encoder.encode(parsed), strict=True))
+        self.encoded_rows += len(new)
+        self.seconds += time.perf_counter() - start
+        return [encoded[row] if row in encoded else self._kept[row] for row in rows]
+
+    def keep(self, row: int, encoded: Encoded) -> None:
+        """Remember what `encode` gave for a row."""
+        self._kept[row] = encoded
 
 
 @dataclass
@@ -298,14 +318,16 @@ class _Sieve:
             reasons = (f"{f.field}: {f.what}" if f.field else f.what for f in faults)
             self._quarantine(row, ", ".join(reasons))
 
-    def settle(self, encoder: Encoder, at_most: int) -> None:
+    def settle(self, reader: _Reader, at_most: int) -> None:
         """Encode the rows that may be too long: those of more than `at_most` bytes, or all."""
         faults: list[Fault] = []
         refused = 0
         for rows in _batches(self._unsure_rows(at_most)):
-            for row, one in zip(rows, _encode(self.file, encoder, rows), strict=True):
+            for row, one in zip(rows, reader.encode(rows), strict=True):
                 self._count(one)
                 if one.problem is None:
+                    if self.facts.tokens <= SETTLED_BYTES:
+                        reader.keep(row, one)
                     continue
                 is_long = self.on_long_row != "truncate" and one.truncated_tokens > 0
                 policy = self.on_long_row if is_long else self.on_bad_row
@@ -380,7 +402,3 @@ def _nothing_left(file: RowFile) -> DataError:
 def _batches(rows: np.ndarray) -> Iterator[list[int]]:
     for first in range(0, len(rows), _BATCH_ROWS):
         yield rows[first : first + _BATCH_ROWS].tolist()
-
-
-def _encode(file: RowFile, encoder: Encoder, rows: Sequence[int]) -> list[Encoded]:
-    return encoder.encode([parse_row(file[row], where=file.where(row)) for row in rows])

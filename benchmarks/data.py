@@ -1,0 +1,208 @@
+"""Reading rows: ours against mlx-lm's tokenisation, and against loading all lines of a large file.
+
+    python benchmarks/data.py                        # both, 1 M rows for the second
+    python benchmarks/data.py --part start --rows 2000000
+
+CodeAlpaca rows and the real tokenizer from ../shared. "tokenise": rows a second from JSON lines to
+tokens and masks, in turns in one process, after a check that the tokens are the same. "start": from
+opening a file of many rows to the first step's tokens, each way in a process of its own; `grown_mb`
+is the peak of resident memory above what libraries and tokenizer take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import child, interleave, options, report, save, table
+
+from mlx_tuner.dataset import Dataset, open_dataset
+from mlx_tuner.measure import Measures
+from mlx_tuner.model import load_tokenizer
+from mlx_tuner.order import Permutation
+from mlx_tuner.stream import prefetch
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+BATCH_ROWS = 8
+STEPS = 100
+"""Steps whose rows are read after the first."""
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--part", choices=["tokenise", "start"], help="one of the two only")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large file")
+    parser.add_argument("--one", choices=["ours", "all lines"], help="measure one turn, here")
+    parser.add_argument("--file", type=Path, help="the large file")
+    parser.add_argument("--cache", type=Path, help="where ours keeps its index")
+    args = parser.parse_args()
+    if args.one:
+        report(**(start_ours if args.one == "ours" else start_all_lines)(args))
+        return
+    if args.part != "start":
+        tokenise(args)
+    if args.part != "tokenise":
+        start(args)
+
+
+def tokenise(args: argparse.Namespace) -> None:
+    """Rows a second over the training rows, ours and mlx-lm's."""
+    rows = completions()
+    with tempfile.TemporaryDirectory() as folder, qwen() as tokenizer:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("\n".join(rows))
+
+        def ours() -> list[tuple[list[int], int]]:
+            dataset = opened(path, tokenizer, Path(folder))
+            steps = (
+                range(i, min(i + BATCH_ROWS, len(rows))) for i in range(0, len(rows), BATCH_ROWS)
+            )
+            return [
+                (example.tokens.tolist(), int(example.loss_mask.argmax()))
+                for examples in prefetch(dataset, steps)
+                for example in examples
+            ]
+
+        def mlx_lm() -> list[tuple[list[int], int]]:
+            dataset = peer_dataset(path, tokenizer)
+            return [dataset[i] for i in range(len(dataset))]
+
+        assert ours() == mlx_lm(), "the two do not give the same tokens and first targets"
+        variants = {"ours": timed(ours, len(rows)), "mlx-lm": timed(mlx_lm, len(rows))}
+        runs = interleave(variants, repeats=args.repeats)
+    print(table(runs, baseline="mlx-lm"))
+    settings = {"rows": len(rows), "batch_rows": BATCH_ROWS}
+    print(save(args.name or "data-tokenise", runs, baseline="mlx-lm", settings=settings))
+
+
+def start(args: argparse.Namespace) -> None:
+    """First step and memory for a large file: ours for the first time and again, and all lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, cache = Path(folder) / "rows.jsonl", Path(folder) / "cache"
+        some = completions()
+        with path.open("w") as file:
+            for i in range(args.rows):
+                file.write(some[i % len(some)] + "\n")
+        command = ["--file", str(path), "--cache", str(cache)]
+        again = child("--one", "ours", *command)
+
+        def first_time() -> Measures:
+            for kept in cache.glob("*"):
+                kept.unlink()
+            return again()
+
+        variants = {
+            "ours": first_time,
+            "ours, known file": again,
+            "all lines": child("--one", "all lines", *command),
+        }
+        runs = interleave(variants, repeats=args.repeats)
+        size_mb = path.stat().st_size / 1e6
+    print(table(runs, baseline="all lines"))
+    settings = {"rows": args.rows, "file_mb": round(size_mb), "bound_mb": 200 + 16e-6 * args.rows}
+    print(save(args.name or "data-start", runs, baseline="all lines", settings=settings))
+
+
+def start_ours(args: argparse.Namespace) -> Measures:
+    """One turn of ours: open, first step, some more steps."""
+    with qwen() as tokenizer:
+        watch = Watch()
+        dataset = opened(args.file, tokenizer, args.cache)
+        order = Permutation(0, 0, len(dataset))
+        steps = (
+            order.slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS).tolist() for i in range(1 + STEPS)
+        )
+        return watch.measures(prefetch(dataset, steps))
+
+
+def start_all_lines(args: argparse.Namespace) -> Measures:
+    """One turn of mlx-lm's way: all lines as Python objects, then rows as they are asked for."""
+    with qwen() as tokenizer:
+        watch = Watch()
+        dataset = peer_dataset(args.file, tokenizer)
+        order = Permutation(0, 0, len(dataset))
+        return watch.measures(
+            [dataset[row] for row in order.slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS)]
+            for i in range(1 + STEPS)
+        )
+
+
+class Watch:
+    """Time and memory since it was made."""
+
+    def __init__(self) -> None:
+        self._seconds, self._bytes = time.perf_counter(), peak_bytes()
+
+    def measures(self, steps: Iterator[Any]) -> Measures:
+        """Seconds to the first of `steps`, and the memory grown by until their end."""
+        next(steps)
+        first_step_seconds = time.perf_counter() - self._seconds
+        for _ in steps:
+            pass
+        return {
+            "first_step_seconds": first_step_seconds,
+            "grown_mb": (peak_bytes() - self._bytes) / 1e6,
+        }
+
+
+def peak_bytes() -> int:
+    """This process's peak of resident memory so far."""
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def timed(run: Callable[[], Any], rows: int) -> Callable[[], Measures]:
+    """A variant that measures `run`, which goes through `rows`."""
+
+    def measure() -> Measures:
+        begin = time.perf_counter()
+        run()
+        return {"rows_per_second": rows / (time.perf_counter() - begin)}
+
+    return measure
+
+
+def completions() -> list[str]:
+    """CodeAlpaca's training rows in the prompt/completion form that both sides read."""
+    rows = []
+    with (SHARED / "codealpaca" / "train.jsonl").open() as file:
+        for row in map(json.loads, file):
+            prompt = "\n\n".join(filter(None, (row["instruction"], row["input"])))
+            rows.append(json.dumps({"prompt": prompt, "completion": row["output"]}))
+    return rows
+
+
+@contextmanager
+def qwen() -> Iterator[Any]:
+    """The real tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in (SHARED / "qwen2.5-coder").iterdir():
+            name = "config.json" if file.name == "config-0.5B.json" else file.name
+            (Path(folder) / name).symlink_to(file)
+        yield load_tokenizer(Path(folder))
+
+
+def opened(path: Path, tokenizer: Any, cache_dir: Path) -> Dataset:
+    return open_dataset(path, tokenizer, max_seq_length=2048, cache_dir=cache_dir)
+
+
+def peer_dataset(path: Path, tokenizer: Any) -> Sequence[tuple[list[int], int]]:
+    """mlx-lm's own dataset over all lines of a file, prompts masked."""
+    from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
+
+    with path.open() as file:
+        data = [json.loads(line) for line in file]
+    return CacheDataset(CompletionsDataset(data, tokenizer, "prompt", "completion", True))
+
+
+if __name__ == "__main__":
+    main()
