@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import shorten
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -13,6 +14,8 @@ from mlx_tuner.inspect_data import DEFAULT_MODEL, FileFacts, Inspection, Shown, 
 from mlx_tuner.terminal import plural
 
 _BAR_WIDTH = 40
+_PREFIX_SHOWN = 160
+"""Characters."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _TARGET = "bold green"
 
@@ -56,7 +59,7 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
         )
     if prefix := train.shared_prefix_tokens:
         share = 100 * prefix * train.usable_rows / train.tokens
-        text = _printable(train.prefix_text).replace("\n", "⏎")
+        text = shorten(_printable(train.prefix_text), _PREFIX_SHOWN, placeholder=" …")
         yield "all begin", f"with the same {prefix:,} tokens, {share:.0f} % of all: {text}"
     if valid:
         yield "validation", f"{valid.file}: {_rows(valid)}, {_tokens(valid)}"

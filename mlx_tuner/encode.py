@@ -162,6 +162,10 @@ class Encoder:
         return self._tokenizer.apply_chat_template(chats, tools=tools, tokenize=False)
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with the recipe's system prompt, as every Qwen template takes them."""
+        if any(message.get("content") is None for message in messages):
+            # A turn that only calls tools: Qwen3's template fails on content that is not there.
+            messages = [{**m, "content": m.get("content") or ""} for m in messages]
         return messages if messages[0]["role"] == "system" else self._system + messages
 
     def _spells_control(self, value: Any) -> bool:

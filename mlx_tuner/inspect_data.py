@@ -320,19 +320,19 @@ def inspect(recipe: Recipe, display: Display, *, show: int = 0) -> Inspection:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """(first length, last length, rows) of about a dozen equal ranges.
+    """(first length, last length, rows) of up to a dozen equal ranges, from the shortest row on.
 
     A few rows that are far longer than the rest share the last range, which is then longer.
     """
-    longest = int(lengths.max())
+    shortest, longest = int(lengths.min()), int(lengths.max())
     shown = min(longest, 2 * int(np.percentile(lengths, 95)))
     width = next(w for w in _round_numbers() if w * _BINS >= shown)
-    edges = list(range(0, shown + width, width))
+    edges = list(range((shortest - 1) // width * width, shown + width, width))
     edges[-1] = max(edges[-1], longest)
     counts, _ = np.histogram(lengths, np.array(edges) + 0.5)
     return [
         (first + 1, last, int(rows))
-        for first, last, rows in zip(edges, edges[1:], counts, strict=False)
+        for (first, last), rows in zip(pairwise(edges), counts, strict=True)
     ]
 
 

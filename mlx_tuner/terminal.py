@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ASCII = str.maketrans("╭╮╰╯─│┤└·●★→–−×✓✗━╸╺…“”’", "..''-||+.o*>--x+x---.\"\"'")
+_ASCII = str.maketrans("╭╮╰╯─│┤└·●★→–−×✓✗━╸╺…“”’█▉▊▋▌▍▎▏⟦⟧", "..''-||+.o*>--x+x---.\"\"'########[]")
 """What a terminal that knows only ASCII gets, character for character, so that columns stay."""
 
 

@@ -303,7 +303,7 @@ def test_faults_are_listed_twenty_at_once_after_the_report(tmp_path: Path) -> No
 def test_a_histogram_holds_every_row_in_ranges_that_adjoin(lengths: list[int]) -> None:
     bins = histogram(np.array(lengths, np.int32))
     assert sum(rows for *_, rows in bins) == len(lengths)
-    assert bins[0][0] == 1
+    assert bins[0][2] > 0
     assert bins[-1][1] >= max(lengths)
     assert 1 <= len(bins) <= 13
     assert all(last + 1 == first for (_, last, _), (first, *_) in pairwise(bins))
