@@ -79,7 +79,8 @@ def load(folder: Path) -> Loaded:
 def load_tokenizer(folder: Path) -> TokenizerWrapper:
     """The folder's tokenizer with its chat template and every end-of-sequence id."""
     eos = mlx_lm_utils.load_config(folder).get("eos_token_id")
-    return mlx_lm_utils.load_tokenizer(folder, eos_token_ids=eos)
+    settings = {"trust_remote_code": False}
+    return mlx_lm_utils.load_tokenizer(folder, settings, eos_token_ids=eos)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

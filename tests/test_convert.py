@@ -445,6 +445,7 @@ def test_a_hub_model_is_converted_and_pushed_and_the_token_is_not_shown(source, 
 
 CANARY = """
 import sys
+from pathlib import Path
 folder = sys.argv[1]
 seen = []
 
@@ -461,9 +462,10 @@ def hook(event, arguments):
 
 from click.testing import CliRunner
 from mlx_tuner.cli import main
-import mlx_tuner.convert, mlx_tuner.hub
+import mlx_tuner.convert, mlx_tuner.hub, mlx_tuner.model
 sys.addaudithook(hook)
 result = CliRunner().invoke(main, ["convert", folder, "-o", sys.argv[2]])
+mlx_tuner.model.load(Path(folder))
 print(result.exit_code, seen, result.output)
 """
 
