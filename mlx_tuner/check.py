@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_tuner import cache, rows, skim
-from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.errors import DataError, Fault, RunError
 from mlx_tuner.index import CACHED_FROM_BYTES, RowFile, scan
 from mlx_tuner.rows import Form, Row, parse_row
 
@@ -142,8 +142,11 @@ def _check_in_child(
         check=False,
     )
     count = last - first
+    if done.returncode < 0:
+        what = f"the process that checked its rows was stopped by signal {-done.returncode}"
+        raise RunError(Fault(str(file.path), "", what))
     if done.returncode or len(done.stdout) < 4 * count:
-        # Whatever kept the child from its work does not keep the work from being done.
+        # What keeps a child from its work, such as a frozen program, does not hinder this process.
         return _check(file.scan(first, last), count, form)
     digests = np.frombuffer(done.stdout, np.uint32, count)
     return np.frombuffer(done.stdout, np.int64, offset=4 * count), digests

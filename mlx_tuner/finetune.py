@@ -15,7 +15,7 @@ from mlx_tuner import adapter, assembly, device, files, interrupt, plots, schedu
 from mlx_tuner import model as models
 from mlx_tuner.adapter import Adapter
 from mlx_tuner.batching import Row
-from mlx_tuner.dataset import Dataset, Example
+from mlx_tuner.dataset import Dataset, Example, shared_rows
 from mlx_tuner.errors import Fault, RecipeError, RunError, RunStopped
 from mlx_tuner.forward import is_flat
 from mlx_tuner.metrics import FINISHED, STOPPED, STOPPED_EARLY, EvalRecord, Meter, Summary
@@ -32,6 +32,7 @@ from mlx_tuner.run import (
     read_records,
 )
 from mlx_tuner.stream import prefetch
+from mlx_tuner.terminal import plural
 from mlx_tuner.trainer import StepResult, Trainer, train
 
 OPTIMIZER = "optimizer.safetensors"
@@ -180,6 +181,10 @@ class _Session:
             self.display.note(f"{self.trainer.model.model_type}: rows are padded to like lengths")
         for note in self.data.train.notes:
             self.display.note(note)
+        valid = self.data.valid
+        if valid is not None and (shared := shared_rows(self.data.train, valid)):
+            rows = plural(shared, "validation row")
+            self.display.note(f"{rows} trained on as well, so that validation flatters")
         if self.data.train.quarantined:
             lines = [entry.to_json() + "\n" for entry in self.data.train.quarantined]
             files.write_text(self.run.path / QUARANTINE, "".join(lines))

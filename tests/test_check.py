@@ -10,7 +10,7 @@ import pytest
 
 from mlx_tuner import check
 from mlx_tuner.check import Checked
-from mlx_tuner.errors import DataError
+from mlx_tuner.errors import DataError, RunError
 from mlx_tuner.index import RowFile, open_rows
 from mlx_tuner.rows import parse_row
 
@@ -70,6 +70,13 @@ def test_a_child_that_fails_costs_time_only(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "SPLIT_FROM_BYTES", 0)
     monkeypatch.setattr(check, "_CHILD", "raise SystemExit(3)")
     assert checked(tmp_path, lines(50, BAD)).bad.tolist() == list(BAD)
+
+
+def test_an_interrupt_that_reaches_the_children_ends_the_check(tmp_path, monkeypatch, in_processes):
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    monkeypatch.setattr(check, "_CHILD", stop)
+    with pytest.raises(RunError, match="stopped by signal 2"):
+        checked(tmp_path, lines(5))
 
 
 def test_children_import_nothing_from_the_folder_they_are_started_in(tmp_path, monkeypatch):
