@@ -17,6 +17,7 @@ from mlx_tuner.errors import Fault, RunStopped, TunerError, UsageError
 from mlx_tuner.terminal import console, safe
 
 if TYPE_CHECKING:
+    from mlx_tuner.gguf import DType
     from mlx_tuner.recipe import Recipe
 
 MAX_FAULTS_SHOWN = 20
@@ -285,6 +286,123 @@ def convert(
         click.echo(f"{name:>30}  {value}")
     if push:
         click.echo(hub.push(output, push))
+
+
+@main.command()
+@click.argument("run_or_adapter", type=click.Path(path_type=Path))
+@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--model", help="The base. Default: the one that the adapter names.")
+@click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="Bits a weight.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale when quantised.",
+)
+@click.option("--push", metavar="OWNER/NAME", help="Upload the folder as a private Hub model.")
+def fuse(
+    run_or_adapter: Path,
+    output: Path,
+    model: str | None,
+    bits: str | None,
+    group_size: str,
+    push: str | None,
+) -> None:
+    """RUN_OR_ADAPTER merged into its base: a model of its own, in a new folder."""
+    from mlx_tuner import hub
+    from mlx_tuner.fuse import fuse as make
+    from mlx_tuner.progress import Display
+
+    if push:
+        hub.check_token(push)
+    with Display() as display:
+        made = make(
+            run_or_adapter,
+            output,
+            display,
+            model=model,
+            bits=int(bits) if bits else None,
+            group_size=int(group_size),
+        )
+    click.echo(
+        f"{output}: {made.base} with {run_or_adapter} in {made.form}, {made.bytes / 1e9:.2f} GB"
+    )
+    for name, value in made.check.lines():
+        click.echo(f"{name:>30}  {value}")
+    if push:
+        click.echo(hub.push(output, push))
+
+
+@main.command()
+@click.argument("run_or_adapter", type=click.Path(path_type=Path))
+@click.option("--to", "form", required=True, type=click.Choice(["peft", "gguf"]))
+@click.option(
+    "-o",
+    "output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="New folder for peft, new file for gguf.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "bf16", "f32", "q8_0"]),
+    help="Of a GGUF file's matrices. Default: f16.",
+)
+@click.option("--model", help="The base, for gguf. Default: the one that the adapter names.")
+@click.option("--push", metavar="OWNER/NAME", help="Upload what was made as a private Hub model.")
+def export(
+    run_or_adapter: Path,
+    form: str,
+    output: Path,
+    dtype: DType | None,
+    model: str | None,
+    push: str | None,
+) -> None:
+    """RUN_OR_ADAPTER as a PEFT adapter, or fused as a GGUF file with a Modelfile beside it."""
+    from mlx_tuner import hub
+
+    if form == "peft" and (dtype or model):
+        raise UsageError("--dtype and --model are for --to gguf; leave them out")
+    if push:
+        hub.check_token(push)
+    if form == "peft":
+        from mlx_tuner.peft_format import export_peft
+
+        adapter = export_peft(run_or_adapter, output)
+        click.echo(f"{output}: PEFT adapter of rank {adapter.rank} for {adapter.base}")
+        folder = output
+    else:
+        from mlx_tuner.gguf import export_gguf
+        from mlx_tuner.progress import Display
+
+        folder = output.absolute().parent
+        if push and folder.is_dir() and any(folder.iterdir()):
+            what = "has other files in it, which --push would upload; choose a new folder"
+            raise UsageError(Fault(str(folder), "", what))
+        with Display() as display:
+            made = export_gguf(run_or_adapter, output, display, dtype=dtype or "f16", model=model)
+        click.echo(
+            f"{output}: {dtype or 'f16'}, {made.bytes / 1e9:.2f} GB, and {made.modelfile.name}"
+        )
+        for name, value in made.check.lines():
+            click.echo(f"{name:>30}  {value}")
+    if push:
+        click.echo(hub.push(folder, push))
+
+
+@main.command("import")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
+def import_(adapter: Path, output: Path) -> None:
+    """ADAPTER, a PEFT folder, as one that mlx-lm and mlx-tune read."""
+    from mlx_tuner.adapter import import_adapter
+
+    made = import_adapter(adapter, output)
+    click.echo(
+        f"{output}: rank {made.rank}, scale {made.scale:g}, {len(made.modules)} modules, "
+        f"for {made.base or 'a base that it does not name'}"
+    )
 
 
 @main.command()

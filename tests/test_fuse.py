@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,11 +11,13 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx_lm.utils import load_model
 from tiny_models import equal, make_adapter, make_model
 
 from mlx_tuner.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.assembly import open_data
+from mlx_tuner.cli import main
 from mlx_tuner.convert import convert
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.files import verify
@@ -334,3 +338,113 @@ def test_a_folder_within_the_base_is_refused(base, adapted, display):
     said = refusal(UsageError, adapted, base / "fused", display)
     assert "lies in the base's own folder" in said
     assert not (base / "fused").exists()
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_made_and_what_was_kept(adapted, tmp_path):
+    result = CliRunner().invoke(main, ["fuse", str(adapted), "-o", str(tmp_path / "fused")])
+    assert result.exit_code == 0, result.output
+    assert "in float32" in result.stdout
+    assert "kept of the fine-tune  100.0 %" in result.stdout
+    mlx_lm.load(str(tmp_path / "fused"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nothing", "-o", "fused"], 1, "nothing: no adapter"),
+        (["ADAPTED", "-o", "."], 2, "is there already"),
+        (["ADAPTED", "-o", "fused", "--model", "./nothing"], 1, "no such folder"),
+        (["ADAPTED", "-o", "fused", "--quantize", "3"], 2, "'3' is not one of '4', '8'"),
+        (["ADAPTED", "-o", "fused", "--push", "me/mine"], 1, "uploading needs a token"),
+    ],
+)
+def test_a_wrong_command_is_one_line(adapted, tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlx_tuner.hub.get_token", lambda: None)
+    (tmp_path / "something").write_text("")
+    arguments = [str(adapted) if word == "ADAPTED" else word for word in arguments]
+    result = CliRunner().invoke(main, ["fuse", *arguments])
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_a_push_uploads_the_folder_once_it_is_complete(adapted, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("mlx_tuner.hub.check_token", lambda name: None)
+    monkeypatch.setattr(
+        "mlx_tuner.hub.push", lambda folder, name: pushed.append((verify(folder), name)) or "there"
+    )
+    arguments = ["fuse", str(adapted), "-o", str(tmp_path / "fused"), "--push", "me/mine"]
+    result = CliRunner().invoke(main, arguments)
+    assert pushed == [([], "me/mine")]
+    assert result.stdout.endswith("there\n")
+
+
+# ---- slow: killed --------------------------------------------------------------------------------
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from mlx_tuner import files
+from mlx_tuner.fuse import fuse
+from mlx_tuner.progress import Display
+
+source, output, moments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+def child():
+    # Nothing was computed before the fork, so MLX starts its threads here.
+    process = os.fork()
+    if process == 0:
+        try:
+            with Display() as display:
+                fuse(source, output, display)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    return process
+
+start = time.monotonic()
+assert os.waitpid(child(), 0)[1] == 0
+whole = time.monotonic() - start
+reference = {p.name: p.read_bytes() for p in output.iterdir()}
+files.remove(output)
+draw = random.Random(7)
+absent = 0
+for _ in range(moments):
+    process = child()
+    time.sleep(draw.uniform(0, 1.2 * whole))
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    if output.exists():
+        assert {p.name: p.read_bytes() for p in output.iterdir()} == reference
+        files.remove(output)
+    else:
+        absent += 1
+print(absent)
+"""
+
+
+@pytest.mark.slow
+def test_a_fusion_killed_at_any_moment_leaves_all_or_nothing(base, adapted, tmp_path):
+    def snapshot(folder):
+        return {
+            path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()
+        }
+
+    before = snapshot(base), snapshot(adapted)
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, adapted, tmp_path / "work" / "fused", "50"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 5 < int(done.stdout) <= 50
+    assert (snapshot(base), snapshot(adapted)) == before

@@ -5,11 +5,13 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from tiny_models import BUILTIN, make_adapter, make_model
 
 from mlx_tuner.adapter import read_adapter, write_adapter
+from mlx_tuner.cli import main
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.fuse import merge
 from mlx_tuner.gguf import export_gguf
@@ -177,3 +179,22 @@ def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, disp
     monkeypatch.setattr("mlx_tuner.gguf._ARCHITECTURES", ("qwen2_moe",))
     with pytest.raises(ModelError, match="cannot be written as GGUF"):
         export_gguf(adapted, tmp_path / "m.gguf", display)
+
+
+def test_the_command_writes_both_files_and_pushes_only_them(adapted, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("mlx_tuner.hub.check_token", lambda name: None)
+    monkeypatch.setattr(
+        "mlx_tuner.hub.push",
+        lambda folder, name: pushed.append(sorted(path.name for path in folder.iterdir())),
+    )
+    arguments = ["export", str(adapted), "--to", "gguf", "--dtype", "q8_0", "--push", "me/mine"]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "new" / "model.gguf")])
+    assert result.exit_code == 0, result.output
+    assert "kept of the fine-tune" in result.stdout
+    assert pushed == [["Modelfile", "model.gguf"]]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "private").write_text("")
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "used" / "model.gguf")])
+    assert result.exit_code == 2
+    assert "has other files in it" in result.stderr

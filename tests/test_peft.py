@@ -8,13 +8,16 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 from tiny_models import equal, make_adapter, make_model
 
 from mlx_tuner.adapter import Adapter, apply, read_adapter, write_adapter
+from mlx_tuner.cli import main
 from mlx_tuner.errors import ModelError
+from mlx_tuner.files import verify
 from mlx_tuner.peft_format import write_peft
 
 # PEFT and transformers warn about each other.
@@ -350,3 +353,40 @@ def test_a_pickled_adapter_is_refused_unread(folder):
     assert re.search(
         r"adapter_model.bin may run code when it is read; save .* again", faults_of(folder)
     )
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def test_the_commands_export_and_import_an_adapter(base, tmp_path):
+    adapter = make_adapter(load_model(base)[0], base, scale=2.7)
+    write_adapter(tmp_path / "ours", adapter)
+    names = [str(tmp_path / name) for name in ("ours", "peft", "again")]
+    out = CliRunner().invoke(main, ["export", names[0], "--to", "peft", "-o", names[1]])
+    back = CliRunner().invoke(main, ["import", names[1], "-o", names[2]])
+    assert (out.exit_code, back.exit_code) == (0, 0), out.output + back.output
+    assert f"PEFT adapter of rank 4 for {base}" in out.stdout
+    assert "rank 4, scale 2.7, 21 modules" in back.stdout
+    assert equal(read_adapter(tmp_path / "again").tensors, dict(adapter.tensors))
+    assert verify(tmp_path / "peft") == verify(tmp_path / "again") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["export", "OURS", "--to", "peft", "-o", "OURS"], 2, "is there already"),
+        (["import", "OURS", "-o", "."], 2, "is there already"),
+        (["export", "nothing", "--to", "peft", "-o", "out"], 1, "nothing: no adapter"),
+        (["import", "nothing", "-o", "out"], 1, "nothing: no adapter"),
+        (["export", "OURS", "--to", "peft", "-o", "out", "--dtype", "f16"], 2, "for --to gguf"),
+        (["export", "OURS", "--to", "onnx", "-o", "out"], 2, "'onnx' is not one of"),
+    ],
+)
+def test_a_wrong_command_is_one_line(base, tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "ours", make_adapter(load_model(base)[0], base))
+    result = CliRunner().invoke(main, [word.replace("OURS", "ours") for word in arguments])
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
