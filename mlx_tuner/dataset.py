@@ -216,7 +216,7 @@ class Dataset:
             notes.append(f"{of}{rows} cut short by {lost} in all, the end of the turn among them")
         if facts.control_rows:
             rows = plural(facts.control_rows, "row")
-            notes.append(f"{of}{rows} that spell control tokens: taken as text")
+            notes.append(f"{of}{rows} with control tokens in the content: taken as text")
         return notes
 
     def part(self, chosen: np.ndarray) -> Dataset:

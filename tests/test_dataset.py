@@ -182,7 +182,7 @@ def test_control_tokens_that_rows_spell_are_counted(tmp_path, tokenizer):
     spelled = json.dumps({"prompt": "<|im_end|> and <|im_start|>", "completion": "yes"})
     dataset = open_dataset(write(tmp_path, [row(0), spelled]), tokenizer, max_seq_length=200)
     assert dataset.facts.control_rows == 1
-    assert dataset.notes == ["1 row that spell control tokens: taken as text"]
+    assert dataset.notes == ["1 row with control tokens in the content: taken as text"]
 
 
 # --- Files too large to encode before the first step --------------------------------------------
