@@ -43,7 +43,6 @@ from mlx_tuner.workload import (
     Settings,
     Workload,
     choose,
-    compute_dtype,
     count_flops,
     dense_shape,
     describe,
@@ -102,7 +101,8 @@ def bench(
     machine = device.facts()
     with device.limits():
         with display.task("measuring matrix products"):
-            gemm = gemm_tflops(compute_dtype())
+            dense = gemm_tflops()
+            gemm = gemm_tflops(settings.quantize) if settings.quantize else dense
         subject = choose(settings, gemm)
         for note in subject.notes:
             display.note(note)
@@ -129,7 +129,7 @@ def bench(
                 warmups=1,
                 on_result=lambda name, measures: advance(work.steps),
             )
-        training = training_of(runs["ours"], work, machine, gemm)
+        training = training_of(runs["ours"], work, machine, gemm=gemm, dense=dense)
         phases = phases_of(runs["phases"], training.steps_per_second.median)
         with display.task("generating"):
             generation = measure_generation(

@@ -37,7 +37,7 @@ _VERDICTS = {
     "bandwidth": "reading the weights: more rows a step would share each reading",
     "data": "waiting for rows",
     "Python": "building the graph in Python: more rows a step would hide it",
-    "other kernels": "kernels that are no matrix products: element-wise ones, softmax, launches",
+    "other kernels": "element-wise ones, softmax and launches rather than matrix products",
 }
 _PHASES = {
     "data": "rows",
@@ -101,7 +101,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
     bandwidth = machine.bandwidth_gb_per_second
     speed = f", {bandwidth} GB/s" if bandwidth else ""
     yield "machine", f"{machine.chip}{cores}, {machine.memory_bytes / 1e9:.0f} GB{speed}"
-    yield "", f"{machine.os}, mlx {machine.mlx} on {machine.backend}, mlx-lm {machine.mlx_lm}"
+    backend = f"{machine.backend} with OpenBLAS" if machine.openblas else machine.backend
+    yield "", f"{machine.os}, mlx {machine.mlx} on {backend}, mlx-lm {machine.mlx_lm}"
     if machine.thermal_state or machine.low_power_mode is not None:
         power = "on" if machine.low_power_mode else "off"
         yield "", f"low power mode {power}, thermal pressure {machine.thermal_state or 'unknown'}"
@@ -179,7 +180,7 @@ def _worth_fusing(result: Result) -> str:
 
 def _against(name: str, other: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ratios = other["ratios"]
-    yield f"against {name}", f"{ratios['samples_per_second']} × its samples/s"
+    yield "against", f"{name}: {ratios['samples_per_second']} × its samples/s"
     yield "", f"{ratios['peak_memory_gb']} × its peak memory"
     if figures := other.get("figures"):
         computed = figures["computed_per_token"].median

@@ -320,17 +320,32 @@ def limits(probe: Probe | None = None, core: Any = mx) -> Iterator[None]:
         yield
 
 
-def gemm_tflops(size: int = 1024, dtype: mx.Dtype = mx.float32, seconds: float = 0.5) -> float:
+def gemm_tflops(
+    size: int = 1024,
+    dtype: mx.Dtype = mx.float32,
+    *,
+    bits: int | None = None,
+    seconds: float = 0.5,
+) -> float:
     """Measured speed in TFLOP/s of a (size, size) by (size, size) product: the best of several.
 
     A product of n x n matrices is 2 n^3 FLOP. The smaller `size`, the more overhead is in it.
+
+    Args:
+        bits: 4 or 8 for a quantised second matrix, as frozen weights are.
+        seconds: time for it, after a product to warm up.
     """
     a, b = (mx.random.normal((size, size)).astype(dtype) for _ in range(2))
-    mx.eval(a, b, a @ b)
+    quantised = mx.quantize(b, bits=bits) if bits else ()
+
+    def product() -> mx.array:
+        return mx.quantized_matmul(a, *quantised, bits=bits) if bits else a @ b
+
+    mx.eval(a, b, *quantised, product())
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
-        mx.eval(a @ b)
+        mx.eval(product())
         now = time.perf_counter()
         best = min(best, now - start)
         if now > end:

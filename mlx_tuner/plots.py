@@ -196,7 +196,7 @@ def heat_maps(
             axes.set_xlabel(xlabel)
             for y, row in enumerate(panel):
                 for x, value in enumerate(row):
-                    colour = "white" if value and value > 0.6 * top else "#333333"
+                    colour = "white" if value and value > 0.5 * top else "#333333"
                     shown = f"{value:,.0f}" if value else "–"
                     axes.text(x, y, shown, ha="center", va="center", color=colour)
         all_axes[0].set_ylabel(ylabel)

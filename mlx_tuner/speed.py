@@ -41,12 +41,12 @@ class Training:
     steps_per_second: Spread
     peak_memory_gb: float
     gemm_tflops: float
-    """Of a large square product, measured in the training's dtype."""
+    """Of a large square product, measured in the training's dtype and quantisation."""
     flops_per_step: float | None
     tflops: float | None
     peak_tflops: float
     peak_source: str
-    """"table" (the chip's FP32 shaders) or "measured" (`gemm_tflops`)."""
+    """"table" (the chip's FP32 shaders) or "measured" (large products, not quantised)."""
     percent_of_peak: float | None
 
 
@@ -207,13 +207,18 @@ def _speeds(batches: Sequence[Sequence[Row]], seconds: float) -> Measures:
 
 
 def training_of(
-    runs: Sequence[Measures], workload: Workload, machine: Machine, gemm: float
+    runs: Sequence[Measures], workload: Workload, machine: Machine, *, gemm: float, dense: float
 ) -> Training:
-    """The passes' spreads, and the speed in FLOP/s that they amount to."""
+    """The passes' spreads, and the speed in FLOP/s that they amount to.
+
+    Args:
+        gemm: measured speed of large products with weights as the model's are, in TFLOP/s.
+        dense: the same with weights that are not quantised.
+    """
     spread = spreads(runs)
     per_step = workload.flops / workload.steps if workload.flops else None
     tflops = per_step * spread["steps_per_second"].median / 1e12 if per_step else None
-    peak = machine.peak_tflops or gemm
+    peak = machine.peak_tflops or dense
     return Training(
         samples_per_second=spread["samples_per_second"],
         tokens_per_second=spread["tokens_per_second"],

@@ -23,7 +23,6 @@ from mlx_tuner.workload import (
     Settings,
     Subject,
     choose,
-    compute_dtype,
     gemm_tflops,
     subject_of,
 )
@@ -108,8 +107,7 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
     `settings` says the model, its quantisation (all where None), and whether to be quick.
     """
     with device.limits():
-        gemm = gemm_tflops(compute_dtype())
-        name = choose(replace(settings, quick=True), gemm).name
+        name = choose(replace(settings, quick=True), gemm_tflops(settings.quantize)).name
         quantizations = _quantizations(settings)
         batch_sizes, seqs = _grid(settings.quick)
         cells: list[Cell] = []
@@ -117,6 +115,7 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
         with display.task(f"sweeping {name}", total) as advance:
             for quantize in quantizations:
                 quantised = replace(settings, quantize=quantize)
+                gemm = gemm_tflops(quantize)
                 model = _build(subject_of(name, quantised, steps=1))
                 for seq in seqs:
                     for batch_size in batch_sizes:

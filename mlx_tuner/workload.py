@@ -142,7 +142,7 @@ def choose(settings: Settings, gemm: float) -> Subject:
     The number of steps in a pass is what the time allows, unless the settings have it.
 
     Args:
-        gemm: speed of large products in TFLOP/s.
+        gemm: speed of large products in the settings' form, in TFLOP/s.
 
     Raises:
         ModelError: the settings' model does not fit into memory.
@@ -275,6 +275,6 @@ def compute_dtype() -> mx.Dtype:
     return mx.bfloat16 if assembly.on_gpu() else mx.float32
 
 
-def gemm_tflops(dtype: mx.Dtype) -> float:
-    """Speed of large products: of a size that fills the device, and takes it a moment at most."""
-    return device.gemm_tflops(4096 if assembly.on_gpu() else 1024, dtype)
+def gemm_tflops(bits: int | None = None) -> float:
+    """Speed of large products in TFLOP/s: of a size that fills the device, but takes a moment."""
+    return device.gemm_tflops(4096 if assembly.on_gpu() else 1024, compute_dtype(), bits=bits)

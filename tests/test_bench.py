@@ -44,7 +44,7 @@ def _add_micro(monkeypatch: pytest.MonkeyPatch) -> None:
     real = synthetic.config_of
     monkeypatch.setattr(synthetic, "config_of", lambda n: MICRO if n == "micro" else real(n))
     for module in (bench, sweep):
-        monkeypatch.setattr(module, "gemm_tflops", lambda dtype: 0.01)
+        monkeypatch.setattr(module, "gemm_tflops", lambda bits=None: 0.01)
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_the_baselines_factor_is_measured_on_his_work_and_scaled_by_flops_elsewh
         "steps_per_second": 1.0,
         "peak_memory_gb": 6.0,
     }
-    training = speed.training_of([run], work, machine, gemm=7.0)
+    training = speed.training_of([run], work, machine, gemm=7.0, dense=7.5)
     assert training.peak_source == "table"
     assert training.percent_of_peak == pytest.approx(100 * 4 / 8.08, rel=0.001)
     baseline = bench.against_baseline(work, training)

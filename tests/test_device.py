@@ -289,3 +289,4 @@ def test_a_gpu_needs_no_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_matrix_product_has_a_measurable_speed() -> None:
     assert 0 < device.gemm_tflops(64, seconds=0.01) < 1000
+    assert 0 < device.gemm_tflops(64, bits=4, seconds=0.01) < 1000
