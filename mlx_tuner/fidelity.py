@@ -11,14 +11,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_tuner import assembly
 from mlx_tuner.adapter import Adapter, apply
 from mlx_tuner.convert import in_float32, load_in_float32
-from mlx_tuner.errors import Fault, ModelError, TunerError
+from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.forward import head_of
 from mlx_tuner.model import load_tokenizer
-from mlx_tuner.recipe import load_recipe
-from mlx_tuner.run import RECIPE
 
 PROMPTS = (
     "Write a Python function that reverses a string.",
@@ -28,7 +25,7 @@ PROMPTS = (
 )
 """What the models read where the run's own rows cannot be had."""
 
-_ROWS = 4
+ROWS = 4
 _ROW_TOKENS = 256
 _ROW_POSITIONS = 64
 """Compared positions of a row: of 4 rows, 160 MB of float32 logits a model at 152k tokens."""
@@ -70,7 +67,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Token rows padded on the right, and the positions whose logits count."""
 
     name: str
@@ -84,7 +81,7 @@ class _Rows:
         return self.tokens.reshape(-1)[self.positions + 1]
 
     @classmethod
-    def of(cls, name: str, rows: Sequence[tuple[Sequence[int], np.ndarray]]) -> _Rows:
+    def of(cls, name: str, rows: Sequence[tuple[Sequence[int], np.ndarray]]) -> Rows:
         """Rows of tokens, each with a mask of its targets, cut to what is compared."""
         width = min(max(len(tokens) for tokens, _ in rows), _ROW_TOKENS)
         table = np.zeros((len(rows), width), np.int32)
@@ -96,8 +93,21 @@ class _Rows:
         return cls(name, table, np.concatenate(positions))
 
 
+def fixed_rows(base: Path) -> Rows:
+    """A few prompts, for where there are no rows of a run."""
+    tokenizer = load_tokenizer(base)
+    rows = []
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt)
+        if tokenizer.has_chat_template:
+            message = {"role": "user", "content": prompt}
+            tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        rows.append((tokens, np.ones(len(tokens), bool)))
+    return Rows.of("fixed prompts", rows)
+
+
 def compare(
-    source: Path,
+    rows: Rows,
     base: Path,
     adapter: Adapter,
     fused: Callable[[], nn.Module],
@@ -108,12 +118,11 @@ def compare(
     Each model passes through memory a layer at a time.
 
     Args:
-        source: where the adapter is from; of a run, its held-out rows are read.
+        rows: what the models read.
         base: the base's folder.
         fused: loads the fused model in float32, lazily.
         in_form: gives a dense model the fused one's form, where that is quantised.
     """
-    rows = _rows_of_run(source, base) or _fixed_rows(base)
 
     def tuned() -> nn.Module:
         model = load_in_float32(base)
@@ -142,7 +151,7 @@ def require_kept(check: Check, output: Path, *, quantised: bool) -> None:
     """Refuse a result without the fine-tune.
 
     Rounding to a few bits adds noise, in no direction; so of a quantised result the change only
-    has to be there. Any other has to be closer to the adapter on its base than half the way.
+    has to be there. Any other may be off by half of what the adapter changes.
 
     Raises:
         ModelError: the fine-tune is lost.
@@ -159,35 +168,7 @@ def require_kept(check: Check, output: Path, *, quantised: bool) -> None:
         raise ModelError(Fault(str(output), "", f"{what}; nothing was written; {todo}"))
 
 
-def _rows_of_run(source: Path, base: Path) -> _Rows | None:
-    """Held-out rows of the run, or rows that it trained on; None where they cannot be had."""
-    if not (source / RECIPE).is_file():
-        return None
-    try:
-        recipe = load_recipe(source / RECIPE, check_paths=False)
-        data = assembly.open_data(recipe, load_tokenizer(base))
-        name = "training rows of the run" if data.valid is None else "held-out rows of the run"
-        dataset = data.train if data.valid is None else data.valid
-        examples = dataset.examples(range(min(_ROWS, len(dataset))))
-        rows = _Rows.of(name, [(example.tokens, example.loss_mask) for example in examples])
-    except TunerError:
-        return None
-    return rows if len(rows.positions) else None
-
-
-def _fixed_rows(base: Path) -> _Rows:
-    tokenizer = load_tokenizer(base)
-    rows = []
-    for prompt in PROMPTS:
-        tokens = tokenizer.encode(prompt)
-        if tokenizer.has_chat_template:
-            message = {"role": "user", "content": prompt}
-            tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-        rows.append((tokens, np.ones(len(tokens), bool)))
-    return _Rows.of("fixed prompts", rows)
-
-
-def _logits(load: Callable[[], nn.Module], rows: _Rows) -> np.ndarray:
+def _logits(load: Callable[[], nn.Module], rows: Rows) -> np.ndarray:
     """Logits (positions, vocabulary) of a lazily loaded model."""
     model = load()
     language = getattr(model, "language_model", model)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_tuner import __version__, files, lora
+from mlx_tuner import __version__, assembly, files, lora
 from mlx_tuner.adapter import Adapter, apply, check_base, read_adapter
 from mlx_tuner.convert import (
     CARD,
@@ -24,10 +24,10 @@ from mlx_tuner.convert import (
     require_space,
 )
 from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
-from mlx_tuner.fidelity import Check, compare, require_kept
+from mlx_tuner.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.model import load_tokenizer, resolve
 from mlx_tuner.model_files import CODE_KEYS, CONFIG, ModelFiles, check_model_folder, read_json
-from mlx_tuner.recipe import load_recipe
+from mlx_tuner.recipe import Recipe, load_recipe
 from mlx_tuner.run import LOSS_PLOT, RECIPE, read_summary
 from mlx_tuner.weights import is_finite, write_weights
 
@@ -94,8 +94,9 @@ def fuse(
         copy_companions(base.folder, folder)
         _write_end_tokens(base, folder)
         with display.task("comparing the result with the adapter"):
+            rows = rows_to_compare(source, base.folder)
             check = compare(
-                source, base.folder, adapter, lambda: load_in_float32(folder), work.in_form
+                rows, base.folder, adapter, lambda: load_in_float32(folder), work.in_form
             )
         require_kept(check, output, quantised=bits is not None)
         made = Fused(output, source, model or adapter.base, work.form, work.bytes, check)
@@ -220,6 +221,33 @@ def _write_end_tokens(base: ModelFiles, folder: Path) -> None:
     files.write_json(path, settings | {"eos_token_id": unique})
 
 
+# ---- what a run left ---------------------------------------------------------------------------
+
+
+def recipe_of(source: Path) -> Recipe | None:
+    """The recipe of a run; None for an adapter without one."""
+    try:
+        return load_recipe(source / RECIPE, check_paths=False)
+    except TunerError:
+        return None
+
+
+def rows_to_compare(source: Path, base: Path) -> Rows:
+    """Held-out rows of the run, or rows that it trained on; fixed prompts where it left none."""
+    recipe = recipe_of(source)
+    if recipe is None:
+        return fixed_rows(base)
+    try:
+        data = assembly.open_data(recipe, load_tokenizer(base))
+        name = "training rows of the run" if data.valid is None else "held-out rows of the run"
+        dataset = data.train if data.valid is None else data.valid
+        examples = dataset.examples(range(min(ROWS, len(dataset))))
+    except TunerError:  # the rows have moved, or changed
+        return fixed_rows(base)
+    rows = Rows.of(name, [(example.tokens, example.loss_mask) for example in examples])
+    return rows if len(rows.positions) else fixed_rows(base)
+
+
 # ---- the card ----------------------------------------------------------------------------------
 
 
@@ -227,7 +255,7 @@ def _write_card(folder: Path, made: Fused) -> None:
     """The model card: what it is, its recipe, losses and plot. It has no date and no path."""
     named = made.base.count("/") == 1 and not Path(made.base).expanduser().exists()
     base = made.base if named else Path(made.base).name
-    summary, recipe = _summary(made.source), _recipe_text(made.source)
+    summary, recipe = _summary(made.source), recipe_of(made.source)
     library = "mlx" if "bits" in made.form else "transformers"
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     lines += ["tags:", "- lora", "- mlx"]
@@ -241,7 +269,7 @@ def _write_card(folder: Path, made: Fused) -> None:
         files.write_bytes(folder / LOSS_PLOT, plot.read_bytes())
         lines += [f"![Training and validation loss]({LOSS_PLOT})", ""]
     if recipe is not None:
-        lines += ["## Recipe", "", "```toml", recipe.strip(), "```", ""]
+        lines += ["## Recipe", "", "```toml", _without_places(recipe), "```", ""]
     lines += ["## Fusing", ""]
     lines += [f"Weights in {made.form}, compared with the adapter on its base in float32:", ""]
     lines += [*_table(made.check.lines()), ""]
@@ -274,10 +302,6 @@ def _summary(source: Path) -> Summary | None:
         return None
 
 
-def _recipe_text(source: Path) -> str | None:
-    """The run's recipe, with the names of its files and not where they are."""
-    try:
-        text = load_recipe(source / RECIPE, check_paths=False).to_toml()
-    except TunerError:
-        return None
-    return re.sub(r'"(?:/|~/|[A-Za-z]:)[^"\n]*?([^"/\n]*)"', r'"\1"', text)
+def _without_places(recipe: Recipe) -> str:
+    """The recipe as text, with the names of its files but not where they are."""
+    return re.sub(r'"(?:/|~/|[A-Za-z]:)[^"\n]*?([^"/\n]*)"', r'"\1"', recipe.to_toml()).strip()

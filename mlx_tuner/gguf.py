@@ -23,13 +23,11 @@ from mlx_tuner import files
 from mlx_tuner.adapter import Adapter, read_adapter
 from mlx_tuner.convert import in_float32, require_space
 from mlx_tuner.encode import unwrap
-from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
+from mlx_tuner.errors import Fault, ModelError, UsageError
 from mlx_tuner.fidelity import Check, compare, require_kept
-from mlx_tuner.fuse import TURN_END, merge, open_base
+from mlx_tuner.fuse import TURN_END, merge, open_base, recipe_of, rows_to_compare
 from mlx_tuner.model import load_tokenizer
 from mlx_tuner.model_files import ModelFiles
-from mlx_tuner.recipe import load_recipe
-from mlx_tuner.run import RECIPE
 from mlx_tuner.weights import is_finite
 
 if TYPE_CHECKING:
@@ -101,7 +99,7 @@ def export_gguf(
     quantised = dtype == "q8_0"
     with display.task("comparing the rounded model with the adapter"):
         check = compare(
-            source,
+            rows_to_compare(source, base.folder),
             base.folder,
             adapter,
             lambda: rounded(merge(base.folder, adapter, mx.float32)),
@@ -344,16 +342,9 @@ def _modelfile(name: str, tokenizer: Any, source: Path) -> str:
         turns = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         if chatml := _CHATML_TURNS.fullmatch(turns):
             lines += [f'TEMPLATE """{_CHATML}"""']
-            if system := _system_prompt(source) or chatml["system"]:
+            recipe = recipe_of(source)
+            if system := (recipe and recipe.data.system_prompt) or chatml["system"]:
                 lines += [f'SYSTEM """{system}"""']
         lines += [f'PARAMETER stop "{TURN_END}"']
     lines += [f'PARAMETER stop "{tokenizer.eos_token}"']
     return "\n".join(dict.fromkeys(lines)) + "\n"
-
-
-def _system_prompt(source: Path) -> str | None:
-    """What the run's rows had for a system message, where the recipe gives one."""
-    try:
-        return load_recipe(source / RECIPE, check_paths=False).data.system_prompt
-    except TunerError:
-        return None
