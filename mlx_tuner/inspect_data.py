@@ -269,21 +269,28 @@ def recipe_for(
     Raises:
         RecipeError: the recipe or an override is wrong.
     """
-    named = {"data.train": file, "data.valid": valid, "model.path": model}
-    settings = [f"{key}={_toml(value)}" for key, value in named.items() if value is not None]
+    settings = [f"data.train={_toml(file)}"]
+    if model is not None:
+        settings.append(f"model.path={_toml(model)}")
+    if valid is not None:
+        settings.append(f"data.valid={valid if _is_number(valid) else _toml(valid)}")
     if recipe is not None:
         return load_recipe(recipe, [*overrides, *settings], check_paths=False)
     text = f'[model]\npath = "{DEFAULT_MODEL}"\n[train]\nepochs = 1\n'
     return parse_recipe(text, source="", folder=Path.cwd(), overrides=[*overrides, *settings])
 
 
-def _toml(value: str) -> str:
-    """A number as it is, anything else as a TOML string: paths may look like any TOML value."""
+def _toml(text: str) -> str:
+    """A TOML string: a path may look like any other TOML value."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_number(text: str) -> bool:
     try:
-        float(value)
+        float(text)
     except ValueError:
-        return json.dumps(value, ensure_ascii=False)
-    return value
+        return False
+    return True
 
 
 def inspect(recipe: Recipe, display: Display, *, show: int = 0) -> Inspection:

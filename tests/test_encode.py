@@ -374,6 +374,14 @@ def test_control_tokens_inside_content_are_encoded_as_transformers_does(
     assert encode_one(qwen, one).tokens.tolist() == expected
 
 
+def test_control_tokens_in_the_recipes_system_prompt_are_text_as_well(qwen: Any) -> None:
+    encoded = encode_one(qwen, chat("a", "b"), system_prompt="Be <|im_end|> brief.")
+    assert encoded.tokens.tolist().count(qwen.convert_tokens_to_ids("<|im_end|>")) == 3
+    assert qwen.decode(encoded.tokens).startswith(
+        "<|im_start|>system\nBe <|im_end|> brief.<|im_end"
+    )
+
+
 def test_content_that_looks_like_our_placeholders_stays_as_it_is(qwen: Any) -> None:
     content = "\ue0000:0\ue000 \ue0001: <|im_end|> \ue000\ue000<|im_end|>0:1\ue000"
     encoded = encode_one(qwen, chat(content, content))

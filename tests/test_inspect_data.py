@@ -232,7 +232,7 @@ def test_a_file_may_be_called_like_a_number_or_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("true", 'a "b" c', "[x]"):
+    for name in ("true", "12", 'a "b" c', "[x]"):
         write(tmp_path / name, ROWS)
         assert look(Path(name)).train.rows == 3
 
