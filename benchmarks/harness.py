@@ -45,6 +45,7 @@ __all__ = [
     "save",
     "spreads",
     "table",
+    "table_of",
 ]
 
 SCHEMA_VERSION = 1
@@ -115,6 +116,7 @@ def result(
         "command": shlex.join(["python", _script_name(), *sys.argv[1:]]),
         "machine": device.facts().to_json(),
         "settings": dict(settings or {}),
+        "baseline": baseline,
         "measures": {
             variant: {key: spread.to_json() for key, spread in spreads(turns).items()}
             for variant, turns in runs.items()
@@ -144,26 +146,36 @@ def save(
 
 def table(runs: Mapping[str, Sequence[Measures]], *, baseline: str | None = None) -> str:
     """A Markdown table: a row a figure, a column a variant, then each one's ratio to `baseline`."""
-    by_variant = {variant: spreads(turns) for variant, turns in runs.items()}
-    ratios = _ratios(runs, baseline)
-    header = ["", *by_variant, *(f"{variant} / {baseline}" for variant in ratios)]
-    keys = dict.fromkeys(key for figures in by_variant.values() for key in figures)
-    rows = [
-        [
-            key,
-            *(str(figures[key]) if key in figures else "" for figures in by_variant.values()),
-            *(str(figures[key]) if key in figures else "" for figures in ratios.values()),
-        ]
-        for key in keys
-    ]
+    measures = {variant: spreads(turns) for variant, turns in runs.items()}
+    return _table(measures, _ratios(runs, baseline), baseline)
+
+
+def table_of(found: Mapping[str, Any]) -> str:
+    """The same table of a result file's content."""
+    measures, ratios = (
+        {
+            variant: {key: Spread(**spread) for key, spread in figures.items()}
+            for variant, figures in found[part].items()
+        }
+        for part in ("measures", "ratios")
+    )
+    return _table(measures, ratios, found["baseline"])
+
+
+def _table(
+    measures: Mapping[str, Mapping[str, Spread]],
+    ratios: Mapping[str, Mapping[str, Spread]],
+    baseline: str | None,
+) -> str:
+    header = ["", *measures, *(f"{variant} / {baseline}" for variant in ratios)]
+    columns = [*measures.values(), *ratios.values()]
+    keys = dict.fromkeys(key for figures in measures.values() for key in figures)
+    rows = [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        + " |"
+    return "\n".join(
+        f"| {' | '.join(map(str.ljust, cells, widths))} |"
         for cells in (header, ["-" * width for width in widths], *rows)
-    ]
-    return "\n".join(lines)
+    )
 
 
 def options(description: str) -> argparse.ArgumentParser:

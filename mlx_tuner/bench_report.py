@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -65,34 +65,40 @@ def _bench(result: Result) -> list[RenderableType]:
     return [grid, _phases(result.phases)]
 
 
-def markdown_row(result: Result) -> str:
-    """The result as a row of a table with the `MARKDOWN_COLUMNS`."""
-    machine, work, training = result.machine, result.workload, result.training
-    cores = f", {machine.gpu_cores} GPU cores" if machine.gpu_cores else ""
-    factor = result.baseline["factor"]
-    measured = result.baseline["basis"] == "measured"
+def markdown_row(found: Mapping[str, Any]) -> str:
+    """A result file's content as a row of a table with the `MARKDOWN_COLUMNS`."""
+    machine, work, training = found["machine"], found["workload"], found["training"]
+    cores = f", {machine['gpu_cores']} GPU cores" if machine["gpu_cores"] else ""
+    backend = "CPU with OpenBLAS" if machine["openblas"] else machine["backend"].upper()
     cells = (
-        f"{machine.chip}{cores}",
-        f"{machine.memory_bytes / 1e9:.0f} GB",
-        machine.os,
-        machine.mlx,
-        _model(result),
-        str(work.batch_size),
-        str(training.samples_per_second),
-        rate(training.tokens_per_second.median),
-        f"{training.peak_memory_gb:.2f} GB",
-        "" if training.tflops is None else f"{training.tflops:.3g}",
-        "" if training.percent_of_peak is None else f"{training.percent_of_peak:.0f} %",
-        f"{factor:.2f}" if factor and measured else "",
-        result.date[:10],
+        f"{machine['chip']}{cores}, {backend}",
+        f"{machine['memory_bytes'] / 1e9:.0f} GB",
+        machine["os"],
+        machine["mlx"],
+        _form(work["model"], work["dtype"], work["quantize"]),
+        str(work["batch_size"]),
+        _spread(Spread(**training["samples_per_second"])),
+        rate(training["tokens_per_second"]["median"]),
+        f"{training['peak_memory_gb']:.2f} GB",
+        "" if training["tflops"] is None else f"{training['tflops']:.3g}",
+        "" if training["percent_of_peak"] is None else f"{training['percent_of_peak']:.0f} %",
+        f"{found['baseline']['factor']:.2f}" if found["baseline"]["basis"] == "measured" else "",
+        found["date"][:10],
     )
+    return _row(cells)
+
+
+def markdown_table(rows: Sequence[str]) -> str:
+    """The rows under their header."""
+    return "\n".join((_row(MARKDOWN_COLUMNS), _row(["---"] * len(MARKDOWN_COLUMNS)), *rows))
+
+
+def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _model(result: Result) -> str:
-    work = result.workload
-    quantised = f", {work.quantize} bit" if work.quantize else ""
-    return f"{work.model}, {work.dtype}{quantised}"
+def _form(model: str, dtype: str, quantize: int | None) -> str:
+    return f"{model}, {dtype}{f', {quantize} bit' if quantize else ''}"
 
 
 def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
@@ -107,7 +113,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
         power = "on" if machine.low_power_mode else "off"
         yield "", f"low power mode {power}, thermal pressure {machine.thermal_state or 'unknown'}"
     length = f"of {work.seq} tokens" if work.seq else "as long as CodeAlpaca's"
-    yield "work", f"{_model(result)}: {plural(work.batch_size, 'row')} a step, {length}"
+    form = _form(work.model, work.dtype, work.quantize)
+    yield "work", f"{form}: {plural(work.batch_size, 'row')} a step, {length}"
     yield (
         "",
         f"{plural(work.steps, 'step')} a pass, {training.samples_per_second.repeats} passes: "

@@ -501,7 +501,7 @@ def bench(
         display.note(f"written to {save(found, name)}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
-    elif markdown and isinstance(found, Result):
-        click.echo(bench_report.markdown_row(found))
+    elif markdown:
+        click.echo(bench_report.markdown_row(found.to_json()))
     else:
         console(sys.stdout).print(bench_report.report(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -104,7 +104,10 @@ def test_a_result_can_be_read_and_pasted(result: bench.Result, capsys: Any) -> N
     text = capsys.readouterr().out
     for word in ("samples/s", "tokens/s", "TFLOP/s", "1.468", "20,000 rows", "limit", "fusing"):
         assert word in text
-    row = bench_report.markdown_row(result)
+    row = bench_report.markdown_row(json.loads(json.dumps(result.to_json())))
+    header, line, same = bench_report.markdown_table([row]).splitlines()
+    assert same == row
+    assert header.count("|") == line.count("|") == row.count("|")
     assert row.count("|") == len(bench_report.MARKDOWN_COLUMNS) + 1
     assert result.machine.chip in row
 
@@ -387,13 +390,14 @@ def test_ratios_are_taken_turn_by_turn() -> None:
 @pytest.fixture
 def harness(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`benchmarks/harness.py`, as the scripts import it."""
-    spec = importlib.util.spec_from_file_location("harness", root / "benchmarks" / "harness.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "harness", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module("harness")
+
+
+@pytest.fixture
+def readme(harness: ModuleType) -> ModuleType:
+    """`benchmarks/readme.py`."""
+    return importlib.import_module("readme")
 
 
 CHILD = """
@@ -454,3 +458,23 @@ def test_a_result_file_has_machine_date_command_spreads_and_ratios(
             ("ours", "theirs", "ours / theirs"), table.splitlines()[0].split("|")[2:5], strict=True
         )
     ]
+
+
+def test_the_readme_has_every_result_with_where_it_comes_from(
+    readme: ModuleType, harness: ModuleType, result: bench.Result
+) -> None:
+    runs = {"ours": [{"seconds": 1.0}], "theirs": [{"seconds": 4.0}]}
+    training = harness.result("training", runs, baseline="theirs", settings={"rows": 8, "x": None})
+    found = json.loads(json.dumps([result.to_json(), training]))
+    text = readme.readme(found)
+    assert bench_report.markdown_row(found[0]) in text
+    assert harness.table(runs, baseline="theirs") in text
+    assert text.count(f"mlx {result.machine.mlx} on") == 2
+    assert "(rows 8)" in text
+
+
+def test_the_readme_is_that_of_the_results(readme: ModuleType, root: Path) -> None:
+    paths = sorted((root / "benchmarks" / "results").glob("*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    written = (root / "benchmarks" / "README.md").read_text()
+    assert written == readme.readme(found), "run: python benchmarks/readme.py"

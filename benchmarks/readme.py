@@ -1,0 +1,109 @@
+"""Writes README.md beside this file from the results: every figure with where it comes from.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, table_of
+
+from mlx_tuner import files
+from mlx_tuner.bench_report import markdown_row, markdown_table
+
+README = Path(__file__).parent / "README.md"
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `python benchmarks/readme.py` from the files in `benchmarks/results/`; run a benchmark
+again and it changes with it.
+
+| command | measures |
+| --- | --- |
+| `mlx-tune bench` | training here, against the chip's peak and PEFT on an M4 Pro; generation |
+| `mlx-tune bench --against mlx-lm` | the same, and mlx-lm's own trainer turn by turn |
+| `mlx-tune bench --sweep` | rows a step × tokens a row × quantisation |
+| `python benchmarks/training.py` | our training step against mlx-lm's, on real rows |
+| `python benchmarks/data.py` | reading, checking and tokenising rows |
+| `python benchmarks/convert.py` | converting a model, against mlx-lm |
+| `python benchmarks/chaos.py` | runs killed at random moments and resumed, against undisturbed ones |
+
+Variants run in turns (A B A B …), so that whatever else the machine does hits all of them. A
+figure is the median with the lowest and highest in parentheses; a ratio is taken turn by turn.
+Figures of one machine at one time say little about another: the ratios carry over.
+On Linux, MLX's CPU backend needs OpenBLAS for matrix products worth measuring: the scripts
+preload it where it is installed, and `mlx-tune doctor` says how to.
+"""
+
+
+def main() -> None:
+    """Write README.md."""
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    files.write_text(README, readme(found))
+    print(README)
+
+
+def readme(results: list[dict[str, Any]]) -> str:
+    """The README of these results' contents."""
+    parts = [INTRODUCTION]
+    machines = [result for result in results if result["benchmark"] == "bench"]
+    if machines:
+        parts.append("## `mlx-tune bench`\n")
+        parts.append(markdown_table([markdown_row(result) for result in machines]) + "\n")
+        parts.append("\n".join(f"- {_origin(result)}" for result in machines) + "\n")
+    for result in results:
+        if result["benchmark"] == "bench":
+            continue
+        parts.append(f"## {result['benchmark']}\n")
+        parts.append(f"{_origin(result)}\n")
+        parts.append(_cells(result) if result["benchmark"] == "sweep" else table_of(result) + "\n")
+    return "\n".join(parts)
+
+
+def _origin(result: Mapping[str, Any]) -> str:
+    """Command, date, machine, versions and settings of a result."""
+    machine = result["machine"]
+    cores = machine["gpu_cores"] or machine["cpu_cores"]
+    backend = machine["backend"] + (" with OpenBLAS" if machine["openblas"] else "")
+    memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
+    told = (
+        f"`{result['command']}`, {result['date'][:10]}: {machine['chip']}, {cores} cores, {memory}, "
+        f"{machine['os']}, mlx {machine['mlx']} on {backend}, mlx-lm {machine['mlx_lm']}, "
+        f"Python {machine['python']}"
+    )
+    settings = result.get("settings") or {}
+    if settings:
+        told += f" ({', '.join(f'{k} {v}' for k, v in settings.items() if v not in (None, False))})"
+    notes = [*result.get("notes", ()), *machine["notes"]]
+    return ". ".join([told, *dict.fromkeys(notes)]) + "."
+
+
+def _cells(result: Mapping[str, Any]) -> str:
+    """A sweep's tokens a second, a table for each quantisation."""
+    parts = []
+    for bits in result["quantizations"]:
+        header = [
+            f"{bits} bit" if bits else result["dtype"],
+            *(f"{s} tokens" for s in result["seqs"]),
+        ]
+        rows = [header, ["---"] * len(header)]
+        for size in result["batch_sizes"]:
+            cells = [
+                f"{cell['tokens_per_second']:,.0f}"
+                if cell["tokens_per_second"]
+                else cell["skipped"]
+                for cell in result["cells"]
+                if (cell["quantize"], cell["batch_size"]) == (bits, size)
+            ]
+            rows.append([f"{size} rows", *cells])
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
