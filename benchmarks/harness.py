@@ -116,7 +116,6 @@ def result(
         "command": shlex.join(["python", _script_name(), *sys.argv[1:]]),
         "machine": device.facts().to_json(),
         "settings": dict(settings or {}),
-        "baseline": baseline,
         "measures": {
             variant: {key: spread.to_json() for key, spread in spreads(turns).items()}
             for variant, turns in runs.items()
@@ -135,12 +134,14 @@ def save(
     baseline: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `benchmarks/results/NAME.json`; arguments as in `result`."""
+    """Write `benchmarks/results/NAME.json`, and README.md anew; arguments as in `result`."""
+    import readme
+
     from mlx_tuner import files
 
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, result(name, runs, baseline=baseline, settings=settings))
+    readme.write()
     return path
 
 
@@ -159,7 +160,7 @@ def table_of(found: Mapping[str, Any]) -> str:
         }
         for part in ("measures", "ratios")
     )
-    return _table(measures, ratios, found["baseline"])
+    return _table(measures, ratios, next((name for name in measures if name not in ratios), None))
 
 
 def _table(

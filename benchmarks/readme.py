@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, table_of
+import harness
 
 from mlx_tuner import files
 from mlx_tuner.bench_report import markdown_row, markdown_table
 
-README = Path(__file__).parent / "README.md"
-
 INTRODUCTION = """\
 # Benchmarks
 
-Written by `python benchmarks/readme.py` from the files in `benchmarks/results/`; run a benchmark
-again and it changes with it.
+Written by `benchmarks/readme.py` from the files in `benchmarks/results/`: a benchmark that is run
+again changes it. (After `mlx-tune bench`, run `python benchmarks/readme.py`.)
 
 | command | measures |
 | --- | --- |
@@ -31,7 +28,7 @@ again and it changes with it.
 | `python benchmarks/training.py` | our training step against mlx-lm's, on real rows |
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
-| `python benchmarks/chaos.py` | runs killed at random moments and resumed, against undisturbed ones |
+| `python benchmarks/chaos.py` | runs killed at random moments, resumed, against undisturbed ones |
 
 Variants run in turns (A B A B …), so that whatever else the machine does hits all of them. A
 figure is the median with the lowest and highest in parentheses; a ratio is taken turn by turn.
@@ -41,11 +38,10 @@ preload it where it is installed, and `mlx-tune doctor` says how to.
 """
 
 
-def main() -> None:
+def write() -> None:
     """Write README.md."""
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    files.write_text(README, readme(found))
-    print(README)
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(harness.RESULTS.glob("*.json"))]
+    files.write_text(harness.RESULTS.parent / "README.md", readme(found))
 
 
 def readme(results: list[dict[str, Any]]) -> str:
@@ -61,7 +57,9 @@ def readme(results: list[dict[str, Any]]) -> str:
             continue
         parts.append(f"## {result['benchmark']}\n")
         parts.append(f"{_origin(result)}\n")
-        parts.append(_cells(result) if result["benchmark"] == "sweep" else table_of(result) + "\n")
+        parts.append(
+            _cells(result) if result["benchmark"] == "sweep" else harness.table_of(result) + "\n"
+        )
     return "\n".join(parts)
 
 
@@ -72,9 +70,9 @@ def _origin(result: Mapping[str, Any]) -> str:
     backend = machine["backend"] + (" with OpenBLAS" if machine["openblas"] else "")
     memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
     told = (
-        f"`{result['command']}`, {result['date'][:10]}: {machine['chip']}, {cores} cores, {memory}, "
-        f"{machine['os']}, mlx {machine['mlx']} on {backend}, mlx-lm {machine['mlx_lm']}, "
-        f"Python {machine['python']}"
+        f"`{result['command']}`, {result['date'][:10]}: {machine['chip']}, {cores} cores, "
+        f"{memory}, {machine['os']}, mlx {machine['mlx']} on {backend}, "
+        f"mlx-lm {machine['mlx_lm']}, Python {machine['python']}"
     )
     settings = result.get("settings") or {}
     if settings:
@@ -106,4 +104,4 @@ def _cells(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    write()

@@ -437,7 +437,7 @@ def test_a_child_that_fails_or_reports_nothing_stops_the_benchmark(
 def test_a_result_file_has_machine_date_command_spreads_and_ratios(
     harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     runs = {
         "ours": [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0}],
         "theirs": [{"seconds": 4.0}, {"seconds": 8.0}, {"seconds": 9.0}],
@@ -451,6 +451,7 @@ def test_a_result_file_has_machine_date_command_spreads_and_ratios(
     assert told["settings"] == {"rows": 8}
     assert {"date", "command", "machine", "schema_version"} <= told.keys()
     table = harness.table(runs, baseline="theirs")
+    assert table in (tmp_path / "README.md").read_text()
     assert "0.25 (0.25 … 1)" in table
     assert table.splitlines()[0].split("|")[2:5] == [
         f" {name} ".ljust(len(cell))
