@@ -23,6 +23,7 @@ from mlx_tuner.workload import (
     Settings,
     Subject,
     choose,
+    find,
     gemm_tflops,
     subject_of,
 )
@@ -108,7 +109,7 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
     """
     with device.limits():
         name = choose(replace(settings, quick=True), gemm_tflops(settings.quantize)).name
-        quantizations = _quantizations(settings)
+        quantizations = _quantizations(name, settings)
         batch_sizes, seqs = _grid(settings.quick)
         cells: list[Cell] = []
         total = len(quantizations) * len(batch_sizes) * len(seqs)
@@ -137,11 +138,14 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
     )
 
 
-def _quantizations(settings: Settings) -> tuple[int | None, ...]:
+def _quantizations(name: str, settings: Settings) -> tuple[int | None, ...]:
     if settings.quantize:
         return (settings.quantize,)
+    is_quantised = "quantization" in find(name)[0]
     # On the CPU backend quantised products are a hundred times slower than fp32 ones.
-    return (None, 4, 8) if assembly.on_gpu() and not settings.quick else (None,)
+    if is_quantised or settings.quick or not assembly.on_gpu():
+        return (None,)
+    return (None, 4, 8)
 
 
 def _grid(quick: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -175,7 +175,7 @@ def choose(settings: Settings, gemm: float) -> Subject:
 
 def subject_of(name: str, settings: Settings, *, steps: int) -> Subject:
     """The model by name, with batches of the settings' rows, cycled through for so many steps."""
-    config, folder = _find(name)
+    config, folder = find(name)
     if settings.quantize:
         if "quantization" in config:
             raise UsageError(Fault(name, "--quantize", "the model is quantised already"))
@@ -187,7 +187,7 @@ def subject_of(name: str, settings: Settings, *, steps: int) -> Subject:
     return Subject(name, config, folder, [pool[i % len(pool)] for i in range(steps)])
 
 
-def _find(name: str) -> tuple[dict[str, Any], Path | None]:
+def find(name: str) -> tuple[dict[str, Any], Path | None]:
     """Config and folder of a folder or Hub name; the config alone of a shape."""
     if name.startswith(models.BUILTIN) or "/" in name or Path(name).is_dir():
         folder = models.resolve(name)
