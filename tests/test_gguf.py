@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from tiny_models import BUILTIN, make_adapter, make_model
 
-from mlx_tuner.adapter import read_adapter, write_adapter
+from mlx_tuner.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.cli import main
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.fuse import merge
@@ -144,6 +144,89 @@ def test_weights_of_a_shape_that_q8_0_has_no_blocks_for_are_halves(tmp_path, dis
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.path).tensors}
     assert kinds["blk.0.ffn_down.weight"] == "F16"
     assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+# ---- other programs ------------------------------------------------------------------------------
+
+TEXTS = [
+    "def f(x):\n    return x ** 2  # Cafés cost 12.50 €; 日本語\n\n\tif x:\r\n  pass",
+    "<|im_start|>user\nHi, it's 12345 o'clock<|im_end|>\n<|im_start|>assistant\n",
+    "  leading   spaces\n\n\nand 'quotes' don't <tool_call> x",
+]
+
+
+def test_transformers_reads_the_same_model_out_of_it(tmp_path, display):
+    """Of Qwen3, transformers takes no head size from GGUF."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    base, adapted = make_model(tmp_path / "base"), tmp_path / "adapter"
+    write_adapter(adapted, make_adapter(load_model(base)[0], base))
+    export_gguf(adapted, tmp_path / "model.gguf", display, dtype="f32")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    tokens = [[5, 300, 17, 999, 2, 1024]]
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(tokens)).logits.numpy()
+    ours = np.array(merge(base, read_adapter(adapted))(mx.array(tokens)))
+    assert np.abs(theirs - ours).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("builtin", "f32"), ("builtin", "q8_0"), ("qwen3", "f16"), ("qwen3", "bf16")],
+)
+def test_llama_cpp_cuts_text_and_answers_as_we_do(tmp_path, display, name, dtype):
+    """With cyllama, a build of llama.cpp on PyPI."""
+    llama = pytest.importorskip("cyllama.llama.llama_cpp")
+    llama.disable_logging()
+    base = BUILTIN if name == "builtin" else make_model(tmp_path / "base", "qwen3", head_dim=32)
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, size=0.03))
+    path = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display, dtype=dtype).path
+    theirs = llama.LlamaModel(path_model=str(path), params=llama.LlamaModelParams())
+    vocabulary, tokenizer = theirs.get_vocab(), load_tokenizer(base)
+    for text in TEXTS:
+        own = tokenizer.encode(text, add_special_tokens=False)
+        assert list(vocabulary.tokenize(text, False, True)) == list(own)
+    assert vocabulary.is_eog(2037)
+    assert vocabulary.is_eog(2039)
+    model = load_model(base)[0]
+    apply(model, read_adapter(tmp_path / "adapter"))
+    model.eval()
+    for question in ("Write a function that reverses a string.", "What is 2 + 2?"):
+        message = [{"role": "user", "content": question}]
+        prompt = list(tokenizer.apply_chat_template(message, add_generation_prompt=True))
+        answer = greedy_answer(llama, theirs, prompt, length=24)
+        logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
+        short = logits.max(axis=-1) - logits[mx.arange(len(answer)), mx.array(answer)]
+        # Where rounding decides between two tokens of almost one logit, either is right.
+        assert short.max() < (0.05 if dtype == "q8_0" else 0.01)
+
+
+def greedy_answer(llama, model, prompt, length):
+    """llama.cpp's likeliest tokens after the prompt, up to the end of its answer."""
+    parameters = llama.LlamaContextParams()
+    parameters.n_ctx = 512
+    context = llama.LlamaContext(model=model, params=parameters)
+    sampler = llama.LlamaSampler(llama.LlamaSamplerChainParams())
+    sampler.add_greedy()
+    answer, due, position = [], prompt, 0
+    while len(answer) < length:
+        batch = llama.LlamaBatch(n_tokens=512, embd=0, n_seq_max=1)
+        for i, token in enumerate(due):
+            batch.add(token, position + i, [0], i == len(due) - 1)
+        context.decode(batch)
+        position += len(due)
+        answer.append(sampler.sample(context, -1))
+        if model.get_vocab().is_eog(answer[-1]):
+            break
+        due = answer[-1:]
+    return answer
+
+
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "Modelfile"])
