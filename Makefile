@@ -1,4 +1,4 @@
-# make demo   a first fine-tune, on the built-in model       make test   the test suite
+# make demo   a first fine-tune, on the built-in model       make test   the test suite (test-all: slow ones too)
 # make lint   ruff and mypy                                   make bench  our training step against mlx-lm's
 
 PYTHON ?= python3
@@ -16,7 +16,8 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint fix bench clean
+
+.PHONY: demo test test-all lint fix bench clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -47,8 +48,14 @@ demo: $(VENV)/.installed
 	@echo "After:"
 	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) "$(PROMPT)" --max-tokens 100
 
+# Test processes run side by side, on matrices too small for threads.
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q
+
 test: $(VENV)/.test
-	$(PRELOAD) $(BIN)/python -m pytest -q
+	$(PYTEST)
+
+test-all: $(VENV)/.test
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -191,7 +191,7 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (gzip.compress(b"{}"), "gzip"),
+        (gzip.compress(b"{}", mtime=0), "gzip"),
         (b"PK\x03\x04....", "zip archive"),
         (b"PAR1......", "Parquet"),
         (b"ARROW1\0\0", "Arrow"),
@@ -332,7 +332,7 @@ def test_gzipped_rows_are_unpacked_once(tmp_path, cache_folder, name):
     assert len(list(cache_folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", [b"{}", gzip.compress(b"{}" * 99)[:-9]])
+@pytest.mark.parametrize("content", [b"{}", gzip.compress(b"{}" * 99, mtime=0)[:-9]])
 def test_a_damaged_gzip_is_refused_and_leaves_nothing(tmp_path, cache_folder, content):
     path = write(tmp_path, content, "rows.jsonl.gz")
     assert "damaged, or no gzip" in refused(path)

@@ -117,7 +117,6 @@ def peer_rows(tokenizer, path: Path) -> list[dict[str, list[int]]]:
     return rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 150])
 def test_every_step_is_that_of_trainer_and_peft(truth, root, tmp_path, micro_batch_tokens):
     logs, start, end = truth
