@@ -394,7 +394,10 @@ from mlx_tuner import files
 from mlx_tuner.fuse import fuse
 from mlx_tuner.progress import Display
 
-source, output, moments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+from mlx_tuner.model import load_tokenizer
+
+source, output, base, moments = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+load_tokenizer(base)  # imports what every child would import again
 
 def child():
     # Nothing was computed before the fork, so MLX starts its threads here.
@@ -440,7 +443,7 @@ def test_a_fusion_killed_at_any_moment_leaves_all_or_nothing(base, adapted, tmp_
     before = snapshot(base), snapshot(adapted)
     (tmp_path / "work").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, adapted, tmp_path / "work" / "fused", "50"],
+        [sys.executable, "-c", KILLED, adapted, tmp_path / "work" / "fused", base, "50"],
         capture_output=True,
         text=True,
         check=False,
