@@ -1,4 +1,4 @@
-# make demo   a first fine-tune, on the built-in model       make test   the test suite (test-all: slow ones too)
+# make demo   a first fine-tune, on the built-in model       make test   the test suite
 # make lint   ruff and mypy                                   make bench  our training step against mlx-lm's
 
 PYTHON ?= python3
@@ -16,8 +16,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-
-.PHONY: demo test test-all lint fix bench clean
+.PHONY: demo test lint fix bench clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -49,13 +48,8 @@ demo: $(VENV)/.installed
 	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) "$(PROMPT)" --max-tokens 100
 
 # Test processes run side by side, on matrices too small for threads.
-PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q
-
 test: $(VENV)/.test
-	$(PYTEST)
-
-test-all: $(VENV)/.test
-	$(PYTEST) -m "slow or not slow"
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
