@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "mlx-tuner"
 EXTRAS = {
     "cuda": "training on NVIDIA GPUs",
-    "gguf": "`mlx-tune export --format gguf`",
+    "gguf": "`mlx-tune export --to gguf`",
     "torch": "comparisons with PEFT on torch",
 }
 SMALLEST_BUDGET_GB = 2.0
