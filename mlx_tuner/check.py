@@ -156,7 +156,7 @@ def _check(raws: Iterable[bytes], count: int, form: Form) -> tuple[np.ndarray, n
     digests = np.zeros(count, np.uint32)
     bad: list[int] = []
     for i, raw in enumerate(raws):
-        content = skim.plain_content(raw, form)
+        content = skim.simple_content(raw, form)
         if content is None:
             row = _parsed(raw)
             if row is None or row.form != form:

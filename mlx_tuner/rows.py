@@ -56,11 +56,21 @@ class Row:
         return hashlib.blake2b(self.content(), digest_size=8).digest()
 
     def content(self) -> bytes:
-        """What is trained on, as JSON that every row with the same content has in common."""
-        return _canonical([self.messages, self.tools, self.text]).encode()
+        """What is trained on: the same bytes for all rows that have it, and for no others."""
+        if self.form == "text":
+            return turn("text", self.text).encode()
+        if self.tools is None and all(map(_is_text_alone, self.messages)):
+            return "".join(turn(m["role"], m["content"]) for m in self.messages).encode()
+        return json.dumps([self.messages, self.tools], sort_keys=True).encode()
 
 
-_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+def turn(role: str, text: str) -> str:
+    """One message's part of a row's content."""
+    return f"{role} {len(text)} {text}"
+
+
+def _is_text_alone(message: dict[str, Any]) -> bool:
+    return message.keys() == {"role", "content"} and type(message["content"]) is str
 
 
 def parse_row(raw: bytes, *, where: str) -> Row:
