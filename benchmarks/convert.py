@@ -19,34 +19,36 @@ from pathlib import Path
 from harness import child, interleave, options, report, save, table
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen2.5-coder"
+FORMS = {"bfloat16": None, "4 bits": 4}
 TOKENIZER = ("generation_config.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--shape", default="0.5B", choices=["0.5B", "1.5B"])
+    parser.add_argument("--form", choices=FORMS, help="only this form of the result")
     parser.add_argument("--make", type=Path, help="only write the model to this folder")
     parser.add_argument(
         "--one", choices=["ours", "ours, verified", "mlx-lm"], help="one turn, here"
     )
     parser.add_argument("--model", type=Path, help="the folder to convert in one turn")
-    parser.add_argument("--bits", type=int, help="quantise in one turn")
     args = parser.parse_args()
     if args.make:
         make_model(args.make, args.shape)
     elif args.one:
-        report(**measure(args.one, args.model, args.bits))
+        report(**measure(args.one, args.model, FORMS[args.form]))
     else:
-        compare(args.shape, args.repeats, args.name or f"convert-{args.shape}")
+        forms = [args.form] if args.form else list(FORMS)
+        compare(args.shape, forms, args.repeats, args.name or f"convert-{args.shape}")
 
 
-def compare(shape: str, repeats: int, name: str) -> None:
+def compare(shape: str, forms: list[str], repeats: int, name: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         make_model(model, shape)
-        for form, flags in (("bfloat16", ()), ("4 bits", ("--bits", "4"))):
+        for form in forms:
             variants = {
-                variant: child("--one", variant, "--model", str(model), *flags)
+                variant: child("--one", variant, "--model", str(model), "--form", form)
                 for variant in ("ours", "ours, verified", "mlx-lm")
             }
             runs = interleave(

@@ -192,6 +192,13 @@ def test_a_conversion_that_changes_no_weight_changes_no_logit(source, tmp_path):
     assert check.perplexity == check.source_perplexity
 
 
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_model_type_is_compared_and_close_to_its_source(model_type, tmp_path):
+    folder = write_model(tmp_path / "source", model_type)
+    check = run(folder, tmp_path / "out", bits=8, group_size=32).check
+    assert 0 < check.relative_error < 0.1
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}, {"bits": 8}])
 def test_a_result_beyond_its_expected_error_is_refused_and_not_kept(
     source, tmp_path, monkeypatch, options
