@@ -38,14 +38,16 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-PROMPT := Write a Python function that returns the largest of three numbers.
+# One of the held-out rows.
+PROMPT := Write a Python function `last_word` that returns the last word of a string.
 
 demo: $(VENV)/.installed
 	$(PRELOAD) $(BIN)/mlx-tune run recipes/quickstart.toml --run-dir $(RUN_DIR) --overwrite
-	@echo "Before: $(PROMPT)"
-	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) "$(PROMPT)" --base --max-tokens 100
-	@echo "After:"
-	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) "$(PROMPT)" --max-tokens 100
+	@echo '$(PROMPT)'
+	@echo; echo '--- the base model:'
+	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) '$(PROMPT)' --base --max-tokens 100
+	@echo; echo '--- fine-tuned:'
+	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) '$(PROMPT)' --max-tokens 100
 
 # Test processes run side by side, on matrices too small for threads.
 test: $(VENV)/.test
