@@ -25,11 +25,16 @@ PEER = "mlx-lm"
 
 
 class _Commands(click.Group):
-    """Turns a `TunerError` into its lines and its exit code."""
+    """Turns a `TunerError`, and a command's wrong arguments, into lines and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            help_of = (error.ctx or ctx).command_path
+            what = f"{error.format_message().rstrip('.')}; see `{help_of} --help`"
+            _print_faults([Fault(what=what)], 1)
+            sys.exit(error.exit_code)
         except TunerError as error:
             kind = "" if isinstance(error, RunStopped) else "error: "
             _print_faults(error.faults, len(error.faults), kind)

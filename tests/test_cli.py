@@ -109,8 +109,12 @@ def test_without_a_command_the_help_is_shown(mlx_tune: Here) -> None:
 
 
 def test_unknown_commands_and_options_are_refused(mlx_tune: Here) -> None:
-    assert "No such command 'trian'" in "\n".join(mlx_tune.refused(2, "trian"))
-    assert "No such option '--epochs'" in "\n".join(mlx_tune.refused(2, "run", "--epochs", 3))
+    for arguments, what in (
+        (["trian"], "No such command 'trian'; see `mlx-tune --help`"),
+        (["run", "--epochs", 3], "No such option '--epochs'; see `mlx-tune run --help`"),
+        (["run"], "Missing argument 'RECIPE'; see `mlx-tune run --help`"),
+    ):
+        assert mlx_tune.refused(2, *arguments) == [f"mlx-tune: error: {what}"]
 
 
 def test_a_missing_recipe_is_refused_by_name(mlx_tune: Here, folder: Path) -> None:
