@@ -264,7 +264,7 @@ def test_an_interrupted_run_streams_the_rows_of_an_uninterrupted_one(tmp_path, t
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     old=st.lists(st.integers(0, 30), min_size=12, max_size=40),

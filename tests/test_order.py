@@ -16,7 +16,7 @@ from mlx_tuner.schedule import rows_of_step, steps_per_epoch
 SEEDS = st.integers(-(2**70), 2**70)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(seed=SEEDS, epoch=st.integers(0, 10**6), n=st.integers(0, 5000))
 def test_every_index_comes_exactly_once(seed, epoch, n):
     assert sorted(Permutation(seed, epoch, n).slice(0, n).tolist()) == list(range(n))
@@ -83,14 +83,14 @@ def chi_square(observed: np.ndarray, degrees: int) -> float:
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_all_orders_of_a_few_rows_are_equally_likely(n):
-    seen = Counter(tuple(Permutation(seed, 0, n).slice(0, n).tolist()) for seed in range(1500))
+    seen = Counter(tuple(Permutation(seed, 0, n).slice(0, n).tolist()) for seed in range(1000))
     assert len(seen) == math.factorial(n)
     assert abs(chi_square(np.array(list(seen.values())), len(seen) - 1)) < 5
 
 
 @pytest.mark.parametrize("n", [7, 16, 50])
 def test_every_row_is_as_likely_at_every_position_and_after_every_other(n):
-    orders = np.array([Permutation(9, epoch, n).slice(0, n) for epoch in range(1000)])
+    orders = np.array([Permutation(9, epoch, n).slice(0, n) for epoch in range(600)])
     at_position = np.array([np.bincount(column, minlength=n) for column in orders.T])
     assert abs(chi_square(at_position, (n - 1) ** 2)) < 5
     follows = np.zeros((n, n))
