@@ -81,7 +81,7 @@ class Rows:
         return self.tokens.reshape(-1)[self.positions + 1]
 
     @classmethod
-    def of(cls, name: str, rows: Sequence[tuple[Sequence[int], np.ndarray]]) -> Rows:
+    def of(cls, name: str, rows: Sequence[tuple[Sequence[int] | np.ndarray, np.ndarray]]) -> Rows:
         """Rows of tokens, each with a mask of its targets, cut to what is compared."""
         width = min(max(len(tokens) for tokens, _ in rows), _ROW_TOKENS)
         table = np.zeros((len(rows), width), np.int32)

@@ -12,6 +12,8 @@ import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from tiny_models import equal, make_adapter, make_model
 
@@ -183,6 +185,26 @@ def test_tokenizer_and_template_are_the_bases_and_code_stays_behind(
         base / "tokenizer.json"
     ).read_bytes()
     assert "auto_map" not in (tmp_path / "fused" / "config.json").read_text()
+
+
+def test_an_adapter_that_mlx_lm_made_is_fused_as_mlx_lm_applies_it(base, tmp_path, display):
+    theirs = load_model(base)[0]
+    parameters = {"rank": 3, "scale": 20.0, "dropout": 0.0}  # and no keys: every linear layer
+    linear_to_lora_layers(theirs, 2, parameters)
+    factors = {
+        name: 0.05 * mx.random.normal(value.shape, key=mx.random.key(i))
+        for i, (name, value) in enumerate(tree_flatten(theirs.parameters()))
+        if name.endswith((".lora_a", ".lora_b"))
+    }
+    theirs.update(tree_unflatten(list(factors.items())))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), factors)
+    config = {"model": str(base), "num_layers": 2, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    fuse(folder, tmp_path / "fused", display)
+    loaded, _ = mlx_lm.load(str(tmp_path / "fused"))
+    assert mx.abs(loaded(TOKENS) - theirs(TOKENS)).max() < 1e-4
 
 
 def test_an_untrained_adapter_gives_the_base(base, tmp_path, display):
