@@ -127,6 +127,7 @@ def bench(
                 variants,
                 repeats=settings.repeats,
                 warmups=1,
+                seconds=settings.training_seconds,
                 on_result=lambda name, measures: advance(work.steps),
             )
         training = training_of(runs["ours"], work, machine, gemm=gemm, dense=dense)
@@ -144,7 +145,9 @@ def bench(
         against["mlx-lm"] = peer_ratios(runs)
     if before:
         against[str(earlier)] = earlier_ratios(training, work, machine, before)
-    notes = (*subject.notes, *machine.notes, *device.facts().notes)
+    notes = [*subject.notes, *machine.notes, *device.facts().notes]
+    if (done := len(runs["ours"])) < settings.repeats:
+        notes.append(f"{done} of {settings.repeats} passes, for time: the machine was busy")
     return Result(
         machine=machine,
         workload=work,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,15 +44,21 @@ def interleave(
     *,
     repeats: int,
     warmups: int = 0,
+    seconds: float = math.inf,
     on_result: Callable[[str, Measures], None] = lambda name, measures: None,
 ) -> dict[str, list[Measures]]:
     """Measures of each variant, run in turns A B A B …, so that drift hits all of them alike.
 
-    The first `warmups` turns are run and thrown away. `on_result(name, measures)` hears of every
-    kept run as it ends.
+    Args:
+        warmups: turns before them that are run and thrown away.
+        seconds: after these no turn begins but the first one that is kept.
+        on_result: hears of every kept run as it ends, by its variant's name.
     """
     kept: dict[str, list[Measures]] = {name: [] for name in variants}
+    start = time.perf_counter()
     for turn in range(warmups + repeats):
+        if turn > warmups and time.perf_counter() - start > seconds:
+            break
         for name, run in variants.items():
             measures = run()
             if turn >= warmups:

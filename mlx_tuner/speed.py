@@ -185,14 +185,15 @@ def train_pass(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Measures:
 
 def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
     """One pass over the batches that waits after each phase: seconds a step of each, and of all."""
-    start = time.perf_counter()
+    start = end = time.perf_counter()
     watch = trainer.stopwatch = Stopwatch()
     try:
         for i, _ in enumerate(steps_of_a_run(trainer, batches)):
             watch.lap("logging" if i % 2 else "update")
-        watch.seconds["step"] = time.perf_counter() - start
+            end = time.perf_counter()
     finally:
         trainer.stopwatch = None
+    watch.seconds["step"] = end - start
     return {phase: spent / len(batches) for phase, spent in watch.seconds.items()}
 
 

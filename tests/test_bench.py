@@ -374,6 +374,11 @@ def test_variants_run_in_turns_and_warm_ups_are_thrown_away() -> None:
     assert runs == {"a": [{"seconds": 2}, {"seconds": 4}], "b": [{"seconds": 3}, {"seconds": 5}]}
 
 
+def test_no_turn_begins_after_its_time_but_the_first_that_is_kept() -> None:
+    runs = interleave({"a": lambda: {"x": 1.0}}, repeats=9, warmups=2, seconds=0.0)
+    assert runs == {"a": [{"x": 1.0}]}
+
+
 def test_the_median_and_the_spread_are_of_all_repeats() -> None:
     assert Spread.of([5.0, 1.0, 3.0]) == Spread(3.0, 1.0, 5.0, 3)
     assert Spread.of([1.0, 2.0]) == Spread(1.5, 1.0, 2.0, 2)
