@@ -270,7 +270,7 @@ def load_tensors(
         raise ModelError(*faults)
     loaded: dict[str, mx.array]
     metadata: dict[str, str]
-    loaded, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[assignment]
+    loaded, metadata = mx.load(str(path), return_metadata=True)
     tensors = {name: loaded[name].astype(mx.float32) for name in sorted(loaded)}
     finite = {name: mx.isfinite(tensor).all() for name, tensor in tensors.items()}
     mx.eval(tensors, finite)

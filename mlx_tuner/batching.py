@@ -90,7 +90,8 @@ class Shape(NamedTuple):
 
     def rounded_up(self) -> Shape:
         """Each size up to a multiple of a sixteenth of its power of two: 3 % more on average."""
-        return Shape(*map(_round_up, self[:4]), *self[4:])
+        tokens, rows, longest, targets = map(_round_up, self[:4])
+        return Shape(tokens, rows, longest, targets, self.prefix, self.past)
 
 
 def _round_up(size: int) -> int:

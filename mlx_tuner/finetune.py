@@ -203,7 +203,7 @@ class _Session:
         rates = self.learning_rates[first:]
         for result in train(self.trainer, batches(), rates, first_step=first):
             self.progress.step += 1
-            numbers = {
+            numbers: dict[str, Any] = {
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "learning_rate": result.learning_rate,

@@ -42,15 +42,17 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, batch: MicroBatch) -> Layout:
-        arrays = (
-            batch.tokens,
-            batch.slot_token,
-            batch.token_slot,
-            batch.sources,
-            batch.targets,
-            batch.weights,
+        return cls(
+            mx.array(batch.tokens),
+            mx.array(batch.slot_token),
+            mx.array(batch.token_slot),
+            mx.array(batch.sources),
+            mx.array(batch.targets),
+            mx.array(batch.weights),
+            batch.prefix,
+            batch.past,
+            batch.groups,
         )
-        return cls(*map(mx.array, arrays), batch.prefix, batch.past, batch.groups)
 
 
 def is_flat(model: nn.Module) -> bool:
@@ -88,6 +90,7 @@ def hidden_at_targets(
     inside = []
     for i, block in enumerate(model.layers):
         last = i == len(model.layers) - 1
+        run: Callable[..., Any]
         run = partial(_block, block, layout, slots, layout.sources if last else None)
         run = _checkpointed(block, run) if checkpointing else run
         x, *keys_values = run(x, *(past[i] if past else ()))

@@ -162,7 +162,7 @@ class _Work:
             return dict(tree_flatten(model.parameters()))  # made by MLX, so named by it
         tensors: dict[str, mx.array] = {}
         for shard in base.shards:
-            tensors |= mx.load(str(shard))  # type: ignore[arg-type]
+            tensors |= mx.load(str(shard))
         kept = model.sanitize(dict(tensors)) if hasattr(model, "sanitize") else tensors
         originals = {id(value): name for name, value in tensors.items()}
         names = {name: originals.get(id(value)) for name, value in kept.items()}
@@ -244,7 +244,7 @@ def rows_to_compare(source: Path, base: Path) -> Rows:
         examples = dataset.examples(range(min(ROWS, len(dataset))))
     except TunerError:  # the rows have moved, or changed
         return fixed_rows(base)
-    rows = Rows.of(name, [(example.tokens, example.loss_mask) for example in examples])
+    rows = Rows.of(name, [(e.tokens.tolist(), e.loss_mask) for e in examples])
     return rows if len(rows.positions) else fixed_rows(base)
 
 

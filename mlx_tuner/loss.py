@@ -36,7 +36,8 @@ def linear_cross_entropy(
 
     @mx.custom_function
     def loss_and_gradient(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        losses, gradients = [], []
+        losses: list[mx.array] = []
+        gradients: list[mx.array] = []
         for start, chunk, lane in _chunks(hidden.shape[0], _vocabulary(head)):
             rows = slice(start, start + chunk)
             # A lane's next chunk waits for its last one; else all their logits could be alive.

@@ -134,4 +134,4 @@ def _bytes(value: mx.array) -> memoryview:
     """The bytes of a tensor, row by row, without a copy where they lie like that."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
     mx.eval(flat)
-    return memoryview(flat)  # type: ignore[arg-type]
+    return memoryview(flat)
