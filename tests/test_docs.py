@@ -1,5 +1,6 @@
 """What the documents say exists: commands, options, recipe keys, rows, links, tests and modules."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -146,6 +147,16 @@ def test_the_layout_names_every_module(root: Path) -> None:
     listed = re.findall(r"`(\w+)\.py`", "".join(table))
     there = [path.stem for path in (root / "mlx_tuner").glob("[!_]*.py")]
     assert sorted(listed) == sorted(there)
+
+
+def test_every_ratio_of_the_readme_is_the_one_that_was_measured(readme: str, root: Path) -> None:
+    row = r"\| ([\d.]+) × \| `(.+?)` `(.+?)` `(\w+)` \|$"
+    figures = re.findall(row, readme, re.M)
+    assert figures
+    for figure, benchmark, variant, measure in figures:
+        result = json.loads((root / "benchmarks" / "results" / f"{benchmark}.json").read_text())
+        # Close enough that measuring again is no reason to write another figure.
+        assert float(figure) == pytest.approx(result["ratios"][variant][measure]["median"], rel=0.2)
 
 
 def test_the_changelog_and_the_readme_are_about_this_version(readme: str, root: Path) -> None:
