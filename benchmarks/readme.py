@@ -28,7 +28,6 @@ again changes it. (After `mlx-tune bench`, run `python benchmarks/readme.py`.)
 | `python benchmarks/training.py` | our training step against mlx-lm's, on real rows |
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
-| `python benchmarks/chaos.py` | runs killed at random moments, resumed, against undisturbed ones |
 
 Variants run in turns (A B A B …), so that whatever else the machine does hits all of them. A
 figure is the median with the lowest and highest in parentheses; a ratio is taken turn by turn.
