@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
+from model_zoo import CONFIGS, write_model
 from tiny_models import equal, make_adapter, make_model
 
 from mlx_tuner.adapter import apply, read_adapter, write_adapter
@@ -26,6 +27,7 @@ from mlx_tuner.files import verify
 from mlx_tuner.fuse import fuse
 from mlx_tuner.metrics import Summary
 from mlx_tuner.model import load_tokenizer
+from mlx_tuner.model_files import check_model_folder
 from mlx_tuner.progress import Display
 from mlx_tuner.recipe import load_recipe
 
@@ -99,6 +101,22 @@ def test_mlx_lm_gives_the_same_logits(base, adapted, tmp_path, display):
     fuse(adapted, tmp_path / "fused", display)
     loaded, _ = mlx_lm.load(str(tmp_path / "fused"))
     assert np.abs(np.array(loaded(TOKENS)) - tuned_logits(base, adapted)).max() < 1e-4
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_type_of_model_is_fused_under_the_names_it_was_published_with(
+    tmp_path, display, model_type
+):
+    base = write_model(tmp_path / "base", model_type, shards=2)
+    adapter = make_adapter(load_model(base)[0], base, targets=["q_proj", "o_proj"])
+    write_adapter(tmp_path / "adapter", adapter)
+    made = fuse(tmp_path / "adapter", tmp_path / "fused", display)
+    assert made.check.error < 1e-3
+    before, after = check_model_folder(base), check_model_folder(tmp_path / "fused")
+    assert after.tensors.keys() == before.tensors.keys()
+    loaded, _ = mlx_lm.load(str(tmp_path / "fused"))
+    expected = tuned_logits(base, tmp_path / "adapter")
+    assert np.abs(np.array(loaded(TOKENS)) - expected).max() < 1e-3
 
 
 def test_names_and_untouched_weights_are_the_bases_own(base, tmp_path, display):
@@ -414,6 +432,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from mlx_tuner import files
 from mlx_tuner.fuse import fuse
+from mlx_tuner.model_files import check_model_folder
 from mlx_tuner.progress import Display
 
 from mlx_tuner.model import load_tokenizer
