@@ -70,7 +70,7 @@ def measure(variant: str, model: Path, bits: int | None) -> dict[str, float]:
             start = time.perf_counter()
             convert_with_mlx_lm(str(model), str(output), quantize=bits is not None, q_bits=bits)
         else:
-            from mlx_tuner.convert import convert
+            from mlx_tuner.conversion.convert import convert
             from mlx_tuner.progress import Display
 
             start = time.perf_counter()
@@ -90,7 +90,7 @@ def make_model(folder: Path, shape: str) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_tuner.model import skeleton
+    from mlx_tuner.models.model import skeleton
 
     config = json.loads((SHARED / f"config-{shape}.json").read_text())
     folder.mkdir(parents=True)

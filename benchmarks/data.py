@@ -22,11 +22,11 @@ from typing import Any
 
 from harness import child, interleave, options, report, save, table
 
-from mlx_tuner.dataset import Dataset, open_dataset
-from mlx_tuner.measure import Measures
-from mlx_tuner.model import load_tokenizer
-from mlx_tuner.order import Permutation
-from mlx_tuner.stream import prefetch
+from mlx_tuner.bench.measure import Measures
+from mlx_tuner.data.dataset import Dataset, open_dataset
+from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.stream import prefetch
+from mlx_tuner.models.model import load_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 BATCH_ROWS = 8

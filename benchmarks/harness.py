@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tuner import device
-from mlx_tuner.measure import Measures, Spread, interleave, ratio, spreads
+from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
 
 __all__ = [
     "Measures",

@@ -12,7 +12,7 @@ from typing import Any
 import harness
 
 from mlx_tuner import files
-from mlx_tuner.bench_report import markdown_row, markdown_table
+from mlx_tuner.bench.report import markdown_row, markdown_table
 
 INTRODUCTION = """\
 # Benchmarks

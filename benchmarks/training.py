@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import child, interleave, options, report, save, table
 
-from mlx_tuner.batching import Row
+from mlx_tuner.engine.batching import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -75,9 +75,9 @@ def load_rows(count: int) -> list[Row]:
     """The first CodeAlpaca rows, tokenised and masked as a recipe would have them."""
     import tempfile
 
-    from mlx_tuner.encode import Encoder
-    from mlx_tuner.model import load_tokenizer
-    from mlx_tuner.rows import parse_row
+    from mlx_tuner.data.encode import Encoder
+    from mlx_tuner.data.rows import parse_row
+    from mlx_tuner.models.model import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         for file in (SHARED / "qwen2.5-coder").iterdir():
@@ -101,7 +101,7 @@ def random_model(args: Any) -> Any:
     """A model of the real shape with random weights, evaluated."""
     import mlx.core as mx
 
-    from mlx_tuner.model import skeleton
+    from mlx_tuner.models.model import skeleton
 
     config = json.loads((SHARED / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
@@ -116,8 +116,8 @@ def ours(args: Any, rows: list[Row]) -> dict[str, float]:
     """One turn of our trainer."""
     import mlx.core as mx
 
-    from mlx_tuner import lora
-    from mlx_tuner.trainer import Trainer, train
+    from mlx_tuner.engine import lora
+    from mlx_tuner.engine.trainer import Trainer, train
 
     model = random_model(args)
     lora.attach(model, rank=RANK, scale=SCALE, target_modules=TARGETS)
@@ -163,7 +163,7 @@ def mlx_lm(args: Any, rows: list[Row]) -> dict[str, float]:
     """One turn of mlx-lm's trainer."""
     import mlx.core as mx
 
-    from mlx_tuner.peer import MlxLmTrainer
+    from mlx_tuner.bench.peer import MlxLmTrainer
 
     trainer = MlxLmTrainer(
         random_model(args),

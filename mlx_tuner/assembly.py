@@ -11,11 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tuner import adapter, cache, device, lora, memory, schedule
-from mlx_tuner.dataset import Dataset, open_dataset, split
+from mlx_tuner import cache, device, schedule
+from mlx_tuner.data.dataset import Dataset, open_dataset, split
+from mlx_tuner.data.order import Permutation
+from mlx_tuner.engine import lora, memory
 from mlx_tuner.errors import Fault, RecipeError
-from mlx_tuner.model import dtype_of
-from mlx_tuner.order import Permutation
+from mlx_tuner.models import adapter
+from mlx_tuner.models.model import dtype_of
 from mlx_tuner.recipe import Recipe
 
 HUB = "hub:"

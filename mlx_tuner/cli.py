@@ -17,7 +17,7 @@ from mlx_tuner.errors import Fault, RunStopped, TunerError, UsageError
 from mlx_tuner.terminal import console, safe
 
 if TYPE_CHECKING:
-    from mlx_tuner.gguf import DType
+    from mlx_tuner.conversion.gguf import DType
     from mlx_tuner.recipe import Recipe
 
 MAX_FAULTS_SHOWN = 20
@@ -100,8 +100,8 @@ def run(
     run_dir = run_dir or Path("adapters") / loaded.name
     from mlx_tuner.finetune import finetune
     from mlx_tuner.progress import Display
-    from mlx_tuner.report import report
-    from mlx_tuner.run import read_records
+    from mlx_tuner.runs.report import report
+    from mlx_tuner.runs.run import read_records
 
     with Display() as display:
         summary = finetune(loaded, run_dir, display, resume=resume, overwrite=overwrite)
@@ -268,7 +268,7 @@ def convert(
 ) -> None:
     """MODEL, a Hub name or a folder, as a new MLX folder."""
     from mlx_tuner import hub
-    from mlx_tuner.convert import convert as make
+    from mlx_tuner.conversion.convert import convert as make
     from mlx_tuner.progress import Display
 
     if push:
@@ -316,7 +316,7 @@ def fuse(
 ) -> None:
     """RUN_OR_ADAPTER merged into its base: a model of its own, in a new folder."""
     from mlx_tuner import hub
-    from mlx_tuner.fuse import fuse as make
+    from mlx_tuner.conversion.fuse import fuse as make
     from mlx_tuner.progress import Display
 
     if push:
@@ -372,13 +372,13 @@ def export(
     if push:
         hub.check_token(push)
     if form == "peft":
-        from mlx_tuner.peft_format import export_peft
+        from mlx_tuner.models.peft_format import export_peft
 
         adapter = export_peft(run_or_adapter, output)
         click.echo(f"{output}: PEFT adapter of rank {adapter.rank} for {adapter.base}")
         folder = output
     else:
-        from mlx_tuner.gguf import export_gguf
+        from mlx_tuner.conversion.gguf import export_gguf
         from mlx_tuner.progress import Display
 
         folder = output.absolute().parent
@@ -401,7 +401,7 @@ def export(
 @click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
 def import_(adapter: Path, output: Path) -> None:
     """ADAPTER, a PEFT folder, as one that mlx-lm and mlx-tune read."""
-    from mlx_tuner.adapter import import_adapter
+    from mlx_tuner.models.adapter import import_adapter
 
     made = import_adapter(adapter, output)
     click.echo(
@@ -433,8 +433,8 @@ def doctor(as_json: bool) -> None:
 )
 def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
     """RUNS side by side, as a table and a plot."""
-    from mlx_tuner.compare import PLOT, compare
     from mlx_tuner.plots import comparison as draw
+    from mlx_tuner.runs.compare import PLOT, compare
 
     comparison = compare(runs)
     plot = output / PLOT
@@ -478,11 +478,11 @@ def bench(
     as_json: bool,
 ) -> None:
     """Training and generation speed of this machine; nothing is downloaded for a SHAPE."""
-    from mlx_tuner import bench_report
-    from mlx_tuner.bench import Result, bench, save
+    from mlx_tuner.bench import report as bench_report
+    from mlx_tuner.bench.bench import Result, bench, save
+    from mlx_tuner.bench.sweep import Sweep, measure
+    from mlx_tuner.bench.workload import Settings
     from mlx_tuner.progress import Display
-    from mlx_tuner.sweep import Sweep, measure
-    from mlx_tuner.workload import Settings
 
     if sweep and (against or markdown):
         raise UsageError("--sweep excludes --against and --markdown; give one")

@@ -11,18 +11,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner import adapter, assembly, device, files, interrupt, plots, schedule
-from mlx_tuner import model as models
-from mlx_tuner.adapter import Adapter
-from mlx_tuner.batching import Row
-from mlx_tuner.dataset import Dataset, Example, shared_rows
+from mlx_tuner import assembly, device, files, interrupt, plots, schedule
+from mlx_tuner.data.dataset import Dataset, Example, shared_rows
+from mlx_tuner.data.stream import prefetch
+from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.forward import is_flat
+from mlx_tuner.engine.optimizer import State
+from mlx_tuner.engine.trainer import StepResult, Trainer, train
 from mlx_tuner.errors import Fault, RecipeError, RunError, RunStopped
-from mlx_tuner.forward import is_flat
-from mlx_tuner.metrics import FINISHED, STOPPED, STOPPED_EARLY, EvalRecord, Meter, Summary
-from mlx_tuner.optimizer import State
+from mlx_tuner.models import adapter
+from mlx_tuner.models import model as models
+from mlx_tuner.models.adapter import Adapter
 from mlx_tuner.progress import Display
 from mlx_tuner.recipe import Recipe, load_recipe
-from mlx_tuner.run import (
+from mlx_tuner.runs.metrics import FINISHED, STOPPED, STOPPED_EARLY, EvalRecord, Meter, Summary
+from mlx_tuner.runs.run import (
     GRAD_NORM_PLOT,
     LOSS_PLOT,
     QUARANTINE,
@@ -31,9 +34,7 @@ from mlx_tuner.run import (
     Run,
     read_records,
 )
-from mlx_tuner.stream import prefetch
 from mlx_tuner.terminal import plural
-from mlx_tuner.trainer import StepResult, Trainer, train
 
 OPTIMIZER = "optimizer.safetensors"
 

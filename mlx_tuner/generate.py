@@ -9,9 +9,9 @@ from typing import Any
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_tuner import adapter
-from mlx_tuner import model as models
-from mlx_tuner.model import Loaded
+from mlx_tuner.models import adapter
+from mlx_tuner.models import model as models
+from mlx_tuner.models.model import Loaded
 
 Message = dict[str, Any]
 

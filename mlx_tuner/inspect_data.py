@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_tuner import assembly, check, schedule
-from mlx_tuner import model as models
-from mlx_tuner.encode import Encoded, Encoder, unwrap
+from mlx_tuner import assembly, schedule
+from mlx_tuner.data import check
+from mlx_tuner.data.encode import Encoded, Encoder, unwrap
+from mlx_tuner.data.index import RowFile, open_rows
+from mlx_tuner.data.order import in_validation
+from mlx_tuner.data.rows import Form, Row, parse_row
 from mlx_tuner.errors import DataError, Fault
-from mlx_tuner.index import RowFile, open_rows
-from mlx_tuner.order import in_validation
+from mlx_tuner.models import model as models
 from mlx_tuner.progress import Display
 from mlx_tuner.recipe import Recipe, load_recipe, parse_recipe
-from mlx_tuner.rows import Form, Row, parse_row
 from mlx_tuner.terminal import plural
 
 DEFAULT_MODEL = "builtin:tiny-qwen"

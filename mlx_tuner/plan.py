@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_tuner import assembly, memory, schedule
-from mlx_tuner import model as models
-from mlx_tuner.dataset import Dataset
+from mlx_tuner import assembly, schedule
+from mlx_tuner.data.dataset import Dataset
+from mlx_tuner.engine import memory
+from mlx_tuner.models import model as models
 from mlx_tuner.recipe import Recipe
 
 CHUNK_ROWS = 256

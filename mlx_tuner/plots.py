@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mlx_tuner import files
-from mlx_tuner.metrics import EvalRecord, Record, TrainRecord
+from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord
 from mlx_tuner.terminal import scientific
 
 _SIZE = (9.0, 5.0)

@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mlx_tuner.metrics import Record, TrainRecord
+from mlx_tuner.runs.metrics import Record, TrainRecord
 from mlx_tuner.terminal import console, duration, plural, rate, scientific
 
 _RECENT_STEPS = 20

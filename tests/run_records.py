@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_tuner.metrics import EvalRecord, Record, Summary, TrainRecord, best_evaluation
+from mlx_tuner.runs.metrics import EvalRecord, Record, Summary, TrainRecord, best_evaluation
 
 USERS_TABLE = (
     (10, 0.8, 1.1542, 0.619, 1.8e-4),

@@ -11,9 +11,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from tiny_models import equal, make_adapter, make_model
 
-from mlx_tuner import lora
-from mlx_tuner.adapter import apply, check_base, fingerprint, read_adapter, write_adapter
+from mlx_tuner.engine import lora
 from mlx_tuner.errors import ModelError
+from mlx_tuner.models.adapter import apply, check_base, fingerprint, read_adapter, write_adapter
 
 TOKENS = mx.array([[5, 300, 17, 999, 2, 1024]])
 

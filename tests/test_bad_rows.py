@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mlx_tuner import model
 from mlx_tuner.cli import main
-from mlx_tuner.dataset import open_dataset
-from mlx_tuner.encode import Encoder
+from mlx_tuner.data.dataset import open_dataset
+from mlx_tuner.data.encode import Encoder
+from mlx_tuner.data.rows import Row, parse_row
 from mlx_tuner.errors import DataError
-from mlx_tuner.rows import Row, parse_row
+from mlx_tuner.models import model
 
 # --- Through the command line -------------------------------------------------------------------
 

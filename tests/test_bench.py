@@ -17,14 +17,17 @@ import pytest
 from click.testing import CliRunner
 from test_device import FakeMac
 
-from mlx_tuner import batching, bench, bench_report, device, speed, sweep, synthetic, workload
-from mlx_tuner import model as models
+from mlx_tuner import device
+from mlx_tuner.bench import bench, speed, sweep, synthetic, workload
+from mlx_tuner.bench import report as bench_report
+from mlx_tuner.bench.measure import Spread, interleave, ratio
+from mlx_tuner.bench.workload import Settings
 from mlx_tuner.cli import main
+from mlx_tuner.engine import batching
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.measure import Spread, interleave, ratio
+from mlx_tuner.models import model as models
 from mlx_tuner.progress import Display
 from mlx_tuner.terminal import console
-from mlx_tuner.workload import Settings
 
 MICRO: dict[str, Any] = {
     "model_type": "qwen2",
@@ -182,8 +185,8 @@ def test_the_first_loss_of_mlx_lms_trainer_is_ours(uncompiled: None) -> None:
     # Rows of one length: on padded ones mlx-lm counts a padding token after the last as a target.
     rows = [batching.Row(row.tokens[:40], np.arange(40) >= 30) for row in rows]
     theirs, computed = speed.peer_of(synthetic.twin(model, MICRO)).step(rows)
-    from mlx_tuner import lora
-    from mlx_tuner.trainer import Trainer, train
+    from mlx_tuner.engine import lora
+    from mlx_tuner.engine.trainer import Trainer, train
 
     lora.attach(model, rank=4, scale=1.0, target_modules=["q_proj"])
     (ours,) = train(Trainer(model, micro_batch_tokens=512), [rows], [1e-4])

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_tuner import check
-from mlx_tuner.check import Checked
+from mlx_tuner.data import check
+from mlx_tuner.data.check import Checked
+from mlx_tuner.data.index import RowFile, open_rows
+from mlx_tuner.data.rows import parse_row
 from mlx_tuner.errors import DataError, RunError
-from mlx_tuner.index import RowFile, open_rows
-from mlx_tuner.rows import parse_row
 
 GOOD = {"prompt": "a question", "completion": "an answer"}
 
@@ -89,7 +89,7 @@ def test_children_import_nothing_from_the_folder_they_are_started_in(tmp_path, m
 
 
 def test_children_import_no_more_than_they_need():
-    loaded = "import mlx_tuner.check, sys; print(*sys.modules)"
+    loaded = "import mlx_tuner.data.check, sys; print(*sys.modules)"
     names = subprocess.check_output([sys.executable, "-c", loaded], text=True).split()
     assert not {"mlx", "transformers", "tokenizers", "pydantic", "rich"} & set(names)
 

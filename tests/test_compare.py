@@ -8,9 +8,9 @@ from click.testing import CliRunner
 from run_records import summary_of, train_record, users_run, validated
 
 from mlx_tuner.cli import main
-from mlx_tuner.compare import compare
 from mlx_tuner.errors import RunError
-from mlx_tuner.run import Run
+from mlx_tuner.runs.compare import compare
+from mlx_tuner.runs.run import Run
 
 RECIPE = (
     "[model]\npath = 'builtin:tiny-qwen'\n[data]\ntrain = 'gone.jsonl'\n"

@@ -19,12 +19,13 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.convert import convert as mlx_lm_convert
 from model_zoo import BUILTIN, CONFIGS, write_model
 
-from mlx_tuner import convert as convert_module
-from mlx_tuner import files, weights
+from mlx_tuner import files
 from mlx_tuner.cli import main
-from mlx_tuner.convert import PROMPT, compare_logits, convert
+from mlx_tuner.conversion import convert as convert_module
+from mlx_tuner.conversion.convert import PROMPT, compare_logits, convert
 from mlx_tuner.errors import ModelError, RunError, UsageError
-from mlx_tuner.model_files import check_model_folder
+from mlx_tuner.models import weights
+from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.progress import Display
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -360,7 +361,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from mlx_tuner import files
-from mlx_tuner.convert import convert
+from mlx_tuner.conversion.convert import convert
 from mlx_tuner.progress import Display
 
 source, output, seed, moments = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -469,10 +470,10 @@ def hook(event, arguments):
 
 from click.testing import CliRunner
 from mlx_tuner.cli import main
-import mlx_tuner.convert, mlx_tuner.hub, mlx_tuner.model
+import mlx_tuner.conversion.convert, mlx_tuner.hub, mlx_tuner.models.model
 sys.addaudithook(hook)
 result = CliRunner().invoke(main, ["convert", folder, "-o", sys.argv[2]])
-mlx_tuner.model.load(Path(folder))
+mlx_tuner.models.model.load(Path(folder))
 print(result.exit_code, seen, result.output)
 """
 

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner import dataset as datasets
-from mlx_tuner import model
-from mlx_tuner.dataset import Dataset, open_dataset, shared_rows, split
-from mlx_tuner.encode import Encoder
+from mlx_tuner.data import dataset as datasets
+from mlx_tuner.data.dataset import Dataset, open_dataset, shared_rows, split
+from mlx_tuner.data.encode import Encoder
+from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.rows import parse_row
+from mlx_tuner.data.stream import prefetch
 from mlx_tuner.errors import DataError
-from mlx_tuner.order import Permutation
-from mlx_tuner.rows import parse_row
+from mlx_tuner.models import model
 from mlx_tuner.schedule import rows_of_step, total_steps
-from mlx_tuner.stream import prefetch
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +322,10 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mlx_tuner import model
-from mlx_tuner.dataset import open_dataset, split
-from mlx_tuner.order import Permutation
-from mlx_tuner.stream import prefetch
+from mlx_tuner.models import model
+from mlx_tuner.data.dataset import open_dataset, split
+from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.stream import prefetch
 
 def resident():
     # The highest so far, in bytes; macOS counts in bytes, Linux in KiB.

@@ -18,10 +18,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from mlx_tuner import encode
-from mlx_tuner.encode import Encoded, Encoder
+from mlx_tuner.data import encode
+from mlx_tuner.data.encode import Encoded, Encoder
+from mlx_tuner.data.rows import Row, parse_row
 from mlx_tuner.errors import ModelError
-from mlx_tuner.rows import Row, parse_row
 
 USER_ASSISTANT_BRANCH = """\
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) or \

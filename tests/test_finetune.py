@@ -13,12 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_tuner import finetune as finetuning
-from mlx_tuner import run as runs
 from mlx_tuner.errors import RecipeError, RunError, UsageError
 from mlx_tuner.finetune import finetune
-from mlx_tuner.metrics import EvalRecord, TrainRecord
 from mlx_tuner.progress import Display
 from mlx_tuner.recipe import load_recipe, parse_recipe
+from mlx_tuner.runs import run as runs
+from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
 
 RECIPE = """
 [model]
@@ -137,7 +137,7 @@ def test_mlx_lm_loads_the_adapter_and_generates_the_same_tokens(finished, root):
     import mlx_lm
 
     from mlx_tuner.generate import answer, load
-    from mlx_tuner.model import resolve
+    from mlx_tuner.models.model import resolve
 
     path, _ = finished
     prompt = "Write a Python function that doubles a number."

@@ -14,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_tuner import batching, flops, forward, lora, model
-from mlx_tuner.forward import Layout, prefix_states
-from mlx_tuner.trainer import Trainer
+from mlx_tuner.engine import batching, flops, forward, lora
+from mlx_tuner.engine.forward import Layout, prefix_states
+from mlx_tuner.engine.trainer import Trainer
+from mlx_tuner.models import model
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",

@@ -18,18 +18,18 @@ from mlx_lm.utils import load_model
 from model_zoo import CONFIGS, write_model
 from tiny_models import equal, make_adapter, make_model
 
-from mlx_tuner.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
-from mlx_tuner.convert import convert
+from mlx_tuner.conversion.convert import convert
+from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.files import verify
-from mlx_tuner.fuse import fuse
-from mlx_tuner.metrics import Summary
-from mlx_tuner.model import load_tokenizer
-from mlx_tuner.model_files import check_model_folder
+from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
+from mlx_tuner.models.model import load_tokenizer
+from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.progress import Display
 from mlx_tuner.recipe import load_recipe
+from mlx_tuner.runs.metrics import Summary
 
 IDS = [[5, 300, 17, 999, 2, 1024]]
 TOKENS = mx.array(IDS)
@@ -431,11 +431,11 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from mlx_tuner import files
-from mlx_tuner.fuse import fuse
-from mlx_tuner.model_files import check_model_folder
+from mlx_tuner.conversion.fuse import fuse
+from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.progress import Display
 
-from mlx_tuner.model import load_tokenizer
+from mlx_tuner.models.model import load_tokenizer
 
 source, output, base, moments = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 load_tokenizer(base)  # imports what every child would import again

@@ -10,12 +10,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from tiny_models import BUILTIN, make_adapter, make_model
 
-from mlx_tuner.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.cli import main
+from mlx_tuner.conversion.fuse import merge
+from mlx_tuner.conversion.gguf import export_gguf
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.fuse import merge
-from mlx_tuner.gguf import export_gguf
-from mlx_tuner.model import load_tokenizer
+from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
+from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.progress import Display
 
 gguf = pytest.importorskip("gguf")
@@ -259,7 +259,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path, di
 
 
 def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, display, monkeypatch):
-    monkeypatch.setattr("mlx_tuner.gguf._ARCHITECTURES", ("qwen2_moe",))
+    monkeypatch.setattr("mlx_tuner.conversion.gguf._ARCHITECTURES", ("qwen2_moe",))
     with pytest.raises(ModelError, match="cannot be written as GGUF"):
         export_gguf(adapted, tmp_path / "m.gguf", display)
 

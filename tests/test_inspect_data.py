@@ -20,7 +20,7 @@ from mlx_tuner import data_report
 from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
 from mlx_tuner.inspect_data import Inspection, histogram, inspect, recipe_for
-from mlx_tuner.model import load_tokenizer, resolve
+from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.progress import Display
 
 ROWS: list[dict[str, Any]] = [

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny import BASE, FAMILIES, tiny_model
 
-from mlx_tuner import lora
+from mlx_tuner.engine import lora
 from mlx_tuner.errors import ModelError
-from mlx_tuner.model import parameter_count, skeleton
+from mlx_tuner.models.model import parameter_count, skeleton
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

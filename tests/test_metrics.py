@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_tuner.metrics import (
+from mlx_tuner.runs.metrics import (
     EvalRecord,
     Meter,
     Summary,

@@ -12,7 +12,7 @@ from mlx_lm import utils as mlx_lm_utils
 from model_zoo import BUILTIN, CONFIGS, write_model
 
 from mlx_tuner.errors import ModelError
-from mlx_tuner.model_files import INDEX, check_model_folder
+from mlx_tuner.models.model_files import INDEX, check_model_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 

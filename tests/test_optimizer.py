@@ -2,8 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_tuner import optimizer
-from mlx_tuner.optimizer import Shapes, State
+from mlx_tuner.engine import optimizer
+from mlx_tuner.engine.optimizer import Shapes, State
 
 
 def test_arrays_become_one_vector_and_come_back():

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 from tiny_models import equal, make_adapter, make_model
 
-from mlx_tuner.adapter import Adapter, apply, read_adapter, write_adapter
 from mlx_tuner.cli import main
 from mlx_tuner.errors import ModelError
 from mlx_tuner.files import verify
-from mlx_tuner.peft_format import write_peft
+from mlx_tuner.models.adapter import Adapter, apply, read_adapter, write_adapter
+from mlx_tuner.models.peft_format import write_peft
 
 # PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_tuner.data.rows import MAX_DEPTH, Row, parse_row
 from mlx_tuner.errors import DataError
-from mlx_tuner.rows import MAX_DEPTH, Row, parse_row
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}

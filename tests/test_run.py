@@ -12,8 +12,15 @@ import pytest
 
 from mlx_tuner import files
 from mlx_tuner.errors import RunError, UsageError
-from mlx_tuner.metrics import EvalRecord, TrainRecord
-from mlx_tuner.run import Run, is_run, is_running, newest_checkpoint, read_records, read_summary
+from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
+from mlx_tuner.runs.run import (
+    Run,
+    is_run,
+    is_running,
+    newest_checkpoint,
+    read_records,
+    read_summary,
+)
 
 RECIPE = "[model]\npath = 'builtin:tiny-qwen'\n"
 
@@ -124,7 +131,7 @@ STARTER = """
 import sys, time
 from pathlib import Path
 from mlx_tuner.errors import TunerError
-from mlx_tuner.run import Run
+from mlx_tuner.runs.run import Run
 sys.stdin.readline()
 try:
     Run.create(Path(sys.argv[1]), "recipe")
@@ -301,8 +308,8 @@ def test_published_adapters_replace_the_pair_at_the_root(tmp_path):
 SAVER = """
 import sys
 from pathlib import Path
-from mlx_tuner.metrics import EvalRecord
-from mlx_tuner.run import Run
+from mlx_tuner.runs.metrics import EvalRecord
+from mlx_tuner.runs.run import Run
 def write(folder):
     (folder / "adapters.safetensors").write_bytes(bytes(300_000))
 path = Path(sys.argv[1])

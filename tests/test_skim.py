@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner.rows import FIELDS, parse_row
-from mlx_tuner.skim import simple_content
+from mlx_tuner.data.rows import FIELDS, parse_row
+from mlx_tuner.data.skim import simple_content
 
 FORMS = sorted(FIELDS)
 TEXTS = st.text(' \t\n\u00a0\u2003\u3000abc"\\/{}[],:0\u00e9\u4e2d\U0001f600\x00\x7f', max_size=6)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner.dataset import Example
-from mlx_tuner.stream import prefetch
+from mlx_tuner.data.dataset import Example
+from mlx_tuner.data.stream import prefetch
 
 
 class FakeDataset:

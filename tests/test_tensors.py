@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from mlx_tuner.errors import ModelError
-from mlx_tuner.tensors import ITEM_BYTES, read_header
+from mlx_tuner.models.tensors import ITEM_BYTES, read_header
 
 MUTANTS = int(os.environ.get("MLX_TUNE_MUTANTS", "4000"))
 

@@ -13,11 +13,11 @@ from mlx_lm.tuner import lora as mlx_lm_lora
 from mlx_lm.tuner.trainer import default_loss
 from tiny import BASE, FAMILIES, plain_loss, random_rows, relative_error, tiny_model
 
-from mlx_tuner import batching, lora
-from mlx_tuner.batching import Row, ShapeTable
-from mlx_tuner.forward import Layout, head_of, hidden_at_targets, is_flat
-from mlx_tuner.loss import linear_cross_entropy
-from mlx_tuner.trainer import Trainer, train
+from mlx_tuner.engine import batching, lora
+from mlx_tuner.engine.batching import Row, ShapeTable
+from mlx_tuner.engine.forward import Layout, head_of, hidden_at_targets, is_flat
+from mlx_tuner.engine.loss import linear_cross_entropy
+from mlx_tuner.engine.trainer import Trainer, train
 
 MODEL = tiny_model()
 LENGTHS = [2, 30, 3, 17, 9, 25, 2, 11]
@@ -303,8 +303,8 @@ def test_the_loss_is_the_same_for_any_chunk(monkeypatch):
     logits = lambda h: (nn.losses.cross_entropy(head.as_linear(h), targets) * weights).sum()  # noqa: E731
     truth, gradient = mx.value_and_grad(logits)(hidden)
     for size in (1, 7, 100):
-        monkeypatch.setattr("mlx_tuner.loss.MIN_CHUNK", size)
-        monkeypatch.setattr("mlx_tuner.loss.CHUNK_BYTES", 0)
+        monkeypatch.setattr("mlx_tuner.engine.loss.MIN_CHUNK", size)
+        monkeypatch.setattr("mlx_tuner.engine.loss.CHUNK_BYTES", 0)
         loss, ours = value_and_gradient()
         assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
         assert mx.allclose(ours, gradient, atol=1e-6)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_records import train_record, users_run, validated
 
-from mlx_tuner.metrics import EvalRecord
-from mlx_tuner.verdict import judge
+from mlx_tuner.runs.metrics import EvalRecord
+from mlx_tuner.runs.verdict import judge
 
 
 @pytest.mark.parametrize(

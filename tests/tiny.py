@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_tuner import lora
-from mlx_tuner.batching import Row
-from mlx_tuner.model import skeleton
+from mlx_tuner.engine import lora
+from mlx_tuner.engine.batching import Row
+from mlx_tuner.models.model import skeleton
 
 VOCABULARY = 64
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2, qwen3
 
-from mlx_tuner import lora
-from mlx_tuner.adapter import Adapter, fingerprint
+from mlx_tuner.engine import lora
+from mlx_tuner.models.adapter import Adapter, fingerprint
 
 BUILTIN = Path(str(files("mlx_tuner") / "builtin" / "tiny-qwen"))
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -1,0 +1,1 @@
+"""What this machine can do: workloads, measured speed, sweeps, and their report."""

@@ -1,0 +1,1 @@
+"""Models for elsewhere: converted, fused, exported, each compared with its source."""

@@ -1,0 +1,191 @@
+"""Whether a fused model still answers as its adapter on the base does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm import utils as mlx_lm_utils
+
+from mlx_tuner.conversion.convert import in_float32, load_in_float32
+from mlx_tuner.engine.forward import head_of
+from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models.adapter import Adapter, apply
+from mlx_tuner.models.model import load_tokenizer
+
+PROMPTS = (
+    "Write a Python function that reverses a string.",
+    "What is the difference between a list and a tuple?",
+    "Explain in two sentences what a hash table is.",
+    "Fix this code: for i in range(10) print(i)",
+)
+"""What the models read where the run's own rows cannot be had."""
+
+ROWS = 4
+_ROW_TOKENS = 256
+_ROW_POSITIONS = 64
+"""Compared positions of a row: of 4 rows, 160 MB of float32 logits a model at 152k tokens."""
+
+_WORST_ERROR = 0.5
+_LEAST_KEPT = 0.5
+
+
+@dataclass(frozen=True)
+class Check:
+    """The fused model against the adapter on its base, as changes that each makes to logits.
+
+    With t the logits of the adapter on its base, b of the base, f of the fused model and g of the
+    base in the fused model's form (which is b, unless that is quantised), all in float32, the
+    wanted change is t - b, and the one that is there is f - g.
+    """
+
+    rows: str
+    """What was read, in words."""
+    kept: float
+    """How much of the wanted change is there: ⟨f - g, t - b⟩ / ‖t - b‖²."""
+    error: float
+    """How much else is there: ‖(f - g) - (t - b)‖ / ‖t - b‖."""
+    base_loss: float
+    tuned_loss: float
+    fused_loss: float
+    """Mean negative log-likelihood of the rows' target tokens."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What it found, as names and values to show."""
+        return [
+            ("compared on", self.rows),
+            ("kept of the fine-tune", f"{100 * self.kept:.1f} %"),
+            ("error", f"{100 * self.error:.2g} % of the fine-tune's change"),
+            ("loss of the base", f"{self.base_loss:.4f}"),
+            ("loss with the adapter", f"{self.tuned_loss:.4f}"),
+            ("loss of the fused model", f"{self.fused_loss:.4f}"),
+        ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows padded on the right, and the positions whose logits count."""
+
+    name: str
+    tokens: np.ndarray
+    """(B, T)"""
+    positions: np.ndarray
+    """Flat into (B, T); each predicts the token after it."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.tokens.reshape(-1)[self.positions + 1]
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[tuple[Sequence[int] | np.ndarray, np.ndarray]]) -> Rows:
+        """Rows of tokens, each with a mask of its targets, cut to what is compared."""
+        width = min(max(len(tokens) for tokens, _ in rows), _ROW_TOKENS)
+        table = np.zeros((len(rows), width), np.int32)
+        positions = []
+        for i, (tokens, mask) in enumerate(rows):
+            table[i, : len(tokens)] = tokens[:width]
+            targets = np.flatnonzero(mask[1:width])[:_ROW_POSITIONS]
+            positions.append(i * width + targets)
+        return cls(name, table, np.concatenate(positions))
+
+
+def fixed_rows(base: Path) -> Rows:
+    """A few prompts, for where there are no rows of a run."""
+    tokenizer = load_tokenizer(base)
+    rows = []
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt)
+        if tokenizer.has_chat_template:
+            message = {"role": "user", "content": prompt}
+            tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        rows.append((tokens, np.ones(len(tokens), bool)))
+    return Rows.of("fixed prompts", rows)
+
+
+def compare(
+    rows: Rows,
+    base: Path,
+    adapter: Adapter,
+    fused: Callable[[], nn.Module],
+    in_form: Callable[[nn.Module], nn.Module] | None,
+) -> Check:
+    """Compare a fused model with the adapter on its base.
+
+    Each model passes through memory a layer at a time.
+
+    Args:
+        rows: what the models read.
+        base: the base's folder.
+        fused: loads the fused model in float32, lazily.
+        in_form: gives a dense model the fused one's form, where that is quantised.
+    """
+
+    def tuned() -> nn.Module:
+        model = load_in_float32(base)
+        apply(model, adapter)
+        return model.eval()
+
+    def base_in_form(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        model, _ = mlx_lm_utils.load_model(base, lazy=True)
+        return in_float32(change(mlx_lm_utils.dequantize_model(model)))
+
+    b = _logits(lambda: load_in_float32(base), rows)
+    t = _logits(tuned, rows)
+    f = _logits(fused, rows)
+    losses = [_loss(logits, rows.targets) for logits in (b, t, f)]
+    f -= b if in_form is None else _logits(lambda: base_in_form(in_form), rows)
+    t -= b
+    wanted = _dot(t, t)
+    if not wanted:  # an adapter as it was before training
+        return Check(rows.name, 1.0, float("inf") if f.any() else 0.0, *losses)
+    kept = _dot(f, t) / wanted
+    f -= t
+    return Check(rows.name, kept, (_dot(f, f) / wanted) ** 0.5, *losses)
+
+
+def require_kept(check: Check, output: Path, *, quantised: bool) -> None:
+    """Refuse a result without the fine-tune.
+
+    Rounding to a few bits adds noise, in no direction; so of a quantised result the change only
+    has to be there. Any other may be off by half of what the adapter changes.
+
+    Raises:
+        ModelError: the fine-tune is lost.
+    """
+    if quantised:
+        lost = not check.kept >= _LEAST_KEPT
+        what = f"only {100 * check.kept:.0f} % of the fine-tune outlives the rounding"
+        todo = "keep more bits"
+    else:
+        lost = not check.error <= _WORST_ERROR
+        what = f"off by {100 * check.error:.0f} % of what the fine-tune changes"
+        todo = "it changes too little for the base's dtype; train longer"
+    if lost:
+        raise ModelError(Fault(str(output), "", f"{what}; nothing was written; {todo}"))
+
+
+def _logits(load: Callable[[], nn.Module], rows: Rows) -> np.ndarray:
+    """Logits (positions, vocabulary) of a lazily loaded model."""
+    model = load()
+    language = getattr(model, "language_model", model)
+    hidden = language.model(mx.array(rows.tokens))
+    hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(rows.positions)]
+    head = head_of(model)
+    logits = head.as_linear(hidden) if isinstance(head, nn.Embedding) else head(hidden)
+    # With nobody else holding the weights, each is freed as soon as the graph is past it.
+    del model, language, head
+    return np.array(logits)
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.dot(x.reshape(-1), y.reshape(-1)).item())
+
+
+def _loss(logits: np.ndarray, targets: np.ndarray) -> float:
+    scores = mx.array(logits)
+    chosen = mx.take_along_axis(scores, mx.array(targets)[:, None], axis=-1)[:, 0]
+    return float((mx.logsumexp(scores, axis=-1) - chosen).mean().item())

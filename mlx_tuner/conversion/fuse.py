@@ -1,0 +1,314 @@
+"""An adapter merged into its base, and compared with the adapter before it is called done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+
+from mlx_tuner import __version__, assembly, files
+from mlx_tuner.conversion.convert import (
+    CARD,
+    DROPPED,
+    copy_companions,
+    load_in_float32,
+    quantise,
+    require_space,
+)
+from mlx_tuner.conversion.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
+from mlx_tuner.engine import lora
+from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
+from mlx_tuner.models.adapter import Adapter, apply, check_base, read_adapter
+from mlx_tuner.models.model import load_tokenizer, resolve
+from mlx_tuner.models.model_files import (
+    CODE_KEYS,
+    CONFIG,
+    ModelFiles,
+    check_model_folder,
+    read_json,
+)
+from mlx_tuner.models.weights import is_finite, write_weights
+from mlx_tuner.recipe import Recipe, load_recipe
+from mlx_tuner.runs.run import LOSS_PLOT, RECIPE, read_summary
+
+if TYPE_CHECKING:
+    from mlx_tuner.progress import Display
+    from mlx_tuner.runs.metrics import Summary
+
+GENERATION = "generation_config.json"
+TURN_END = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was made."""
+
+    folder: Path
+    source: Path
+    base: str
+    """As the user names it."""
+    form: str
+    """Dtypes, or bits and group size, in words."""
+    bytes: int
+    """Of the weights."""
+    check: Check
+
+
+def fuse(
+    source: Path,
+    output: Path,
+    display: Display,
+    *,
+    model: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+) -> Fused:
+    """Merge a run's adapter, or any adapter, into its base, as the new folder `output`.
+
+    The weights are summed in float32 and written in the base's dtype, under the base's own names.
+    A quantised base is dequantised. `output` is complete and checked, or not there at all.
+
+    Args:
+        model: the base; by default the one that the adapter names.
+        bits: 4 or 8 to quantise the result.
+
+    Raises:
+        UsageError: `output` cannot be a new folder.
+        ModelError: adapter or base cannot be used or do not belong together, or the result does
+            not answer as the adapter does.
+        RunError: the disk is too small, or writing failed.
+    """
+    output = output.absolute()
+    files.require_new(output)
+    adapter = read_adapter(source)
+    base = open_base(adapter, model)
+    if output.resolve().is_relative_to(base.folder.resolve()):
+        what = f"lies in the base's own folder {base.folder}; choose another"
+        raise UsageError(Fault(str(output), "", what))
+    work = _Work(base, adapter, bits, group_size)
+    require_space(output, work.bytes)
+    with files.staging(output) as folder:
+        with display.task(f"fusing into {work.form}", work.bytes) as advance:
+            write_weights(folder, work.weights, work.compute, advance)
+        files.write_json(folder / CONFIG, work.config)
+        copy_companions(base.folder, folder)
+        _write_end_tokens(base, folder)
+        with display.task("comparing the result with the adapter"):
+            rows = rows_to_compare(source, base.folder)
+            check = compare(
+                rows, base.folder, adapter, lambda: load_in_float32(folder), work.in_form
+            )
+        require_kept(check, output, quantised=bits is not None)
+        made = Fused(output, source, model or adapter.base, work.form, work.bytes, check)
+        _write_card(folder, made)
+    return made
+
+
+def open_base(adapter: Adapter, model: str | None = None) -> ModelFiles:
+    """The checked base of an adapter, or `model` in its place.
+
+    Raises:
+        ModelError: it cannot be had, or is not the one that the adapter was trained on.
+    """
+    if not (model or adapter.base):
+        what = "does not say which model it was trained on; name it with --model"
+        raise ModelError(Fault(str(adapter.folder), "", what))
+    base = check_model_folder(resolve(model or adapter.base, None if model else adapter.revision))
+    check_base(adapter, base.folder)
+    return base
+
+
+# ---- the weights -------------------------------------------------------------------------------
+
+
+def merge(base: Path, adapter: Adapter, dtype: mx.Dtype | None = None) -> nn.Module:
+    """The base, dense, with the adapter in its weights; nothing is read or computed yet.
+
+    Args:
+        dtype: of the adapted layers; the base's by default.
+    """
+    model, _ = mlx_lm_utils.load_model(base, lazy=True)
+    apply(model, adapter)
+    lora.fuse_all(model, dtype)
+    return mlx_lm_utils.dequantize_model(model)
+
+
+class _Work:
+    """What fusing writes: config, and tensors that are computed one by one and let go."""
+
+    def __init__(
+        self, base: ModelFiles, adapter: Adapter, bits: int | None, group_size: int
+    ) -> None:
+        model = merge(base.folder, adapter)
+        self._folder = base.folder
+        self._fused = {f"{path}.weight" for path in adapter.modules}
+        self.in_form: Callable[[nn.Module], nn.Module] | None = None
+        if bits is not None:
+            config = {k: v for k, v in _dense_config(base.config).items() if k not in DROPPED}
+            self.config = quantise(model, config, bits, group_size, base.folder)
+            self.weights = dict(tree_flatten(model.parameters()))
+            self.form = f"{bits} bits in groups of {group_size}"
+            self.in_form = lambda model: _rounded(model, base, bits, group_size)
+        else:
+            self.config = _dense_config(base.config)
+            self.weights = self._named_as_in(base, model)
+            dtypes = {str(v.dtype).rpartition(".")[2] for v in self.weights.values()}
+            self.form = " and ".join(sorted(dtypes))
+        self.bytes = sum(value.nbytes for value in self.weights.values())
+
+    def _named_as_in(self, base: ModelFiles, model: nn.Module) -> dict[str, mx.array]:
+        """The model's tensors as the base's files name them, which other programs know."""
+        if "quantization" in base.config:
+            return dict(tree_flatten(model.parameters()))  # made by MLX, so named by it
+        tensors: dict[str, mx.array] = {}
+        for shard in base.shards:
+            tensors |= mx.load(str(shard))
+        kept = model.sanitize(dict(tensors)) if hasattr(model, "sanitize") else tensors
+        originals = {id(value): name for name, value in tensors.items()}
+        names = {name: originals.get(id(value)) for name, value in kept.items()}
+        fused = dict(tree_flatten(model.parameters()))
+        for name in self._fused:
+            if (original := names[name]) is None:
+                what = (
+                    "is stored in a form of its own in the base; convert the base with "
+                    "mlx-tune convert, and train on that"
+                )
+                raise ModelError(Fault(str(base.folder), name, what))
+            tensors[original] = fused[name]
+        self._fused = {str(names[name]) for name in self._fused}
+        return tensors
+
+    def compute(self, name: str) -> mx.array:
+        """Take a tensor out of `weights`, computed.
+
+        Raises:
+            ModelError: it is not finite.
+        """
+        value = self.weights.pop(name)
+        mx.eval(value)
+        if name in self._fused and mx.issubdtype(value.dtype, mx.floating) and not is_finite(value):
+            what = f"is not finite in {value.dtype} once the adapter is in it"
+            raise ModelError(Fault(str(self._folder), name, what))
+        return value
+
+
+def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    dropped = {*CODE_KEYS, "_name_or_path", "quantization", "quantization_config"}
+    return {key: value for key, value in config.items() if key not in dropped}
+
+
+def _rounded(model: nn.Module, base: ModelFiles, bits: int, group_size: int) -> nn.Module:
+    """The model with its layers quantised."""
+    quantise(model, _dense_config(base.config), bits, group_size, base.folder)
+    return model
+
+
+def _write_end_tokens(base: ModelFiles, folder: Path) -> None:
+    """Give `generation_config.json` every token that ends an answer.
+
+    A base model's may list the end of a text only; fine-tuned on chats, it ends turns as well.
+    """
+    path = folder / GENERATION
+    settings = read_json(path) if path.exists() else {}
+    tokenizer = load_tokenizer(base.folder)
+    ends: list[int | None] = []
+    for listed in (settings.get("eos_token_id"), base.config.get("eos_token_id")):
+        ends += listed if isinstance(listed, list) else [listed]
+    ends += sorted(tokenizer.eos_token_ids)
+    if tokenizer.has_chat_template:
+        ends.append(tokenizer.get_vocab().get(TURN_END))
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    files.write_json(path, settings | {"eos_token_id": unique})
+
+
+# ---- what a run left ---------------------------------------------------------------------------
+
+
+def recipe_of(source: Path) -> Recipe | None:
+    """The recipe of a run; None for an adapter without one."""
+    try:
+        return load_recipe(source / RECIPE, check_paths=False)
+    except TunerError:
+        return None
+
+
+def rows_to_compare(source: Path, base: Path) -> Rows:
+    """Held-out rows of the run, or rows that it trained on; fixed prompts where it left none."""
+    recipe = recipe_of(source)
+    if recipe is None:
+        return fixed_rows(base)
+    try:
+        data = assembly.open_data(recipe, load_tokenizer(base))
+        name = "training rows of the run" if data.valid is None else "held-out rows of the run"
+        dataset = data.train if data.valid is None else data.valid
+        examples = dataset.examples(range(min(ROWS, len(dataset))))
+    except TunerError:  # the rows have moved, or changed
+        return fixed_rows(base)
+    rows = Rows.of(name, [(e.tokens.tolist(), e.loss_mask) for e in examples])
+    return rows if len(rows.positions) else fixed_rows(base)
+
+
+# ---- the card ----------------------------------------------------------------------------------
+
+
+def _write_card(folder: Path, made: Fused) -> None:
+    """The model card: what it is, its recipe, losses and plot. It has no date and no path."""
+    named = made.base.count("/") == 1 and not Path(made.base).expanduser().exists()
+    base = made.base if named else Path(made.base).name
+    summary, recipe = _summary(made.source), recipe_of(made.source)
+    library = "mlx" if "bits" in made.form else "transformers"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- lora", "- mlx"]
+    if named:
+        lines += ["base_model:", f"- {base}"]
+    lines += ["---", "", f"# {made.source.resolve().name}", ""]
+    lines += [f"{base}, fine-tuned with LoRA and fused by mlx-tune {__version__}.", ""]
+    if summary is not None:
+        lines += ["## Training", "", *_table(_training(summary)), ""]
+    if (plot := made.source / LOSS_PLOT).is_file():
+        files.write_bytes(folder / LOSS_PLOT, plot.read_bytes())
+        lines += [f"![Training and validation loss]({LOSS_PLOT})", ""]
+    if recipe is not None:
+        lines += ["## Recipe", "", "```toml", _without_places(recipe), "```", ""]
+    lines += ["## Fusing", ""]
+    lines += [f"Weights in {made.form}, compared with the adapter on its base in float32:", ""]
+    lines += [*_table(made.check.lines()), ""]
+    files.write_text(folder / CARD, "\n".join(lines))
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _training(summary: Summary) -> list[tuple[str, str]]:
+    rows = [
+        ("rows", f"{summary.rows:,}"),
+        ("steps", f"{summary.steps:,}"),
+        ("epochs", f"{summary.epochs:g}"),
+        ("trainable parameters", f"{summary.trainable_parameters:,}"),
+        ("first loss", f"{summary.first_loss:.4f}"),
+        ("final loss", f"{summary.final_loss:.4f}"),
+    ]
+    if summary.best_val_loss is not None:
+        best = f"{summary.best_val_loss:.4f} at step {summary.best_step}"
+        rows.append(("best validation loss", best))
+    return rows
+
+
+def _summary(source: Path) -> Summary | None:
+    try:
+        return read_summary(source)
+    except TunerError:
+        return None
+
+
+def _without_places(recipe: Recipe) -> str:
+    """The recipe as text, with the names of its files but not where they are."""
+    return re.sub(r'"(?:/|~/|[A-Za-z]:)[^"\n]*?([^"/\n]*)"', r'"\1"', recipe.to_toml()).strip()

@@ -1,0 +1,1 @@
+"""Rows of a training file: found, checked, tokenised, put into an order, streamed."""

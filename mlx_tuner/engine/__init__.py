@@ -1,0 +1,1 @@
+"""The training step: LoRA layers, packing, forward pass, loss, optimizer, trainer."""

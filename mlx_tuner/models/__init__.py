@@ -1,0 +1,1 @@
+"""Models and adapters as files: checked, read, loaded, written."""

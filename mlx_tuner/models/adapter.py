@@ -1,0 +1,419 @@
+"""Adapter folders, in and out, and an adapter onto a model.
+
+Written is mlx-lm's format (`adapters.safetensors` and `adapter_config.json`), which is a run's as
+well; `peft_format` knows PEFT's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_tuner import files
+from mlx_tuner.engine.lora import LoRALinear, dimensions
+from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models.model_files import read_json
+from mlx_tuner.models.tensors import TensorInfo, read_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
+ALL_LAYERS = -1
+"""`Adapter.num_layers` of an adapter that may touch any block, as mlx-lm writes it."""
+
+_NOTE = "mlx_tuner"
+"""Key of the safetensors metadata for what a format has no field for; other programs skip it."""
+
+_FLOATS = {"F32", "F16", "BF16"}
+_SAMPLES = 8
+_SAMPLE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA factors and what they mean: ``y = Wx + scale · lora_b(lora_a(x))``."""
+
+    tensors: Mapping[str, mx.array]
+    """``PATH.lora_a`` (I, r) and ``PATH.lora_b`` (r, O) of each adapted module, in fp32."""
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    num_layers: int = ALL_LAYERS
+    """Blocks that may be adapted, counted from the last."""
+    base: str = ""
+    """The base model as its user named it: a Hub name, a folder, ``builtin:NAME``."""
+    revision: str | None = None
+    fingerprint: str | None = None
+    """Of the base's weights (see `fingerprint`); None where the adapter's maker left none."""
+    folder: Path | None = None
+    """Where it was read from."""
+    origin: Mapping[str, Any] | None = None
+    """What `peft_format` keeps to give an imported adapter back bit for bit."""
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the adapted modules, block by block."""
+        paths = {name.rpartition(".")[0] for name in self.tensors}
+        return sorted(paths, key=split_block)
+
+    @property
+    def keys(self) -> list[str]:
+        """The adapted modules by their paths within a block, such as ``self_attn.q_proj``."""
+        return sorted({split_block(path)[1] for path in self.modules})
+
+
+def split_block(path: str) -> tuple[int, str]:
+    """The block and the path within it: ``model.layers.3.mlp.up_proj`` is 3 and ``mlp.up_proj``.
+
+    Raises:
+        ValueError: the module is in no block.
+    """
+    _, marker, rest = f".{path}".partition(".layers.")
+    number, dot, key = rest.partition(".")
+    if not (marker and dot and number.isdecimal()):
+        raise ValueError(path)
+    return int(number), key
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def write_adapter(directory: Path, adapter: Adapter) -> None:
+    """Write the pair of files that ``mlx_lm.load(…, adapter_path=directory)`` reads, each whole.
+
+    The base's revision and fingerprint are keys of our own beside mlx-lm's. The weights come
+    first: a config is never there without them.
+    """
+    write_tensors(directory / WEIGHTS, adapter.tensors, "mlx", adapter.origin)
+    config: dict[str, Any] = {
+        "fine_tune_type": "lora",
+        "num_layers": adapter.num_layers,
+        "lora_parameters": {
+            "rank": adapter.rank,
+            "scale": adapter.scale,
+            "dropout": adapter.dropout,
+            "keys": adapter.keys,
+        },
+        "model": adapter.base,
+        "revision": adapter.revision,
+        "fingerprint": adapter.fingerprint,
+    }
+    files.write_json(directory / CONFIG, config)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, mx.array], made_for: str, note: Mapping[str, Any] | None
+) -> None:
+    """Write a safetensors file, whole or not at all, with a note that `load_tensors` returns.
+
+    Everything is evaluated first: a lazy tensor may still be waiting to be read from `path`.
+    """
+    values = dict(tensors)
+    mx.eval(values)
+    metadata = {"format": made_for} | ({_NOTE: json.dumps(note)} if note else {})
+    with files.replacing(path) as temporary:
+        mx.save_safetensors(str(temporary), values, metadata)
+
+
+def import_adapter(source: Path, output: Path) -> Adapter:
+    """Write an adapter of any format that `read_adapter` knows as the new folder `output`.
+
+    Raises:
+        UsageError: `output` cannot be a new folder.
+        ModelError: as `read_adapter` does.
+    """
+    output = output.absolute()
+    files.require_new(output)
+    adapter = read_adapter(source)
+    with files.staging(output) as folder:
+        write_adapter(folder, adapter)
+    return adapter
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read an adapter folder: a run's, one that mlx-lm made, or PEFT's.
+
+    Raises:
+        ModelError: there is none, it is of a kind that cannot be used (DoRA, full fine-tunes,
+            embeddings, pickles), or its files are damaged or contradict each other; all faults
+            of the tensors at once.
+    """
+    from mlx_tuner.models import peft_format
+
+    if (directory / WEIGHTS).exists():
+        return _read_mlx(directory)
+    if (directory / peft_format.WEIGHTS).exists():
+        return peft_format.read_peft(directory)
+    if pickles := sorted(path.name for path in directory.glob("adapter_model.*")):
+        what = (
+            f"{pickles[0]} may run code when it is read; save the adapter again with PEFT's "
+            "safe_serialization=True"
+        )
+        raise ModelError(Fault(str(directory), "", what))
+    what = f"no adapter: neither {WEIGHTS} nor {peft_format.WEIGHTS} is there"
+    raise ModelError(Fault(str(directory), "", what))
+
+
+def _read_mlx(directory: Path) -> Adapter:
+    path = directory / CONFIG
+    config = read_config(directory)
+    if (kind := config.get("fine_tune_type", "lora")) != "lora":
+        raise ModelError(Fault(str(path), "fine_tune_type", f"{kind!r}; only 'lora' is supported"))
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise ModelError(Fault(str(path), "lora_parameters", "missing; is this an mlx-lm adapter?"))
+    rank = whole_number(path, "lora_parameters.rank", parameters.get("rank"), least=1)
+    scale = number(path, "lora_parameters.scale", parameters.get("scale"))
+    dropout = number(path, "lora_parameters.dropout", parameters.get("dropout", 0.0))
+    layers = whole_number(path, "num_layers", config.get("num_layers"), least=ALL_LAYERS)
+    tensors, origin = load_tensors(directory / WEIGHTS, _check_header)
+    adapter = Adapter(
+        tensors=tensors,
+        rank=rank,
+        scale=scale,
+        dropout=dropout,
+        num_layers=layers or ALL_LAYERS,
+        base=text(path, "model", config.get("model")) or "",
+        revision=text(path, "revision", config.get("revision")),
+        fingerprint=text(path, "fingerprint", config.get("fingerprint")),
+        folder=directory,
+        origin=origin,
+    )
+    _check_against_config(adapter, path, parameters.get("keys"))
+    return adapter
+
+
+def _check_header(header: Mapping[str, TensorInfo]) -> Iterable[tuple[str, str]]:
+    """What is wrong with mlx-lm's tensors by what their names and shapes say."""
+    for name, info in header.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "m":
+            yield name, "the magnitude of a DoRA adapter, which is not supported"
+        elif leaf not in ("lora_a", "lora_b"):
+            yield name, "not a factor of a LoRA adapter"
+        elif fault := unusable(module, info):
+            yield name, fault
+        elif (other := f"{module}.{'lora_b' if leaf == 'lora_a' else 'lora_a'}") not in header:
+            yield name, f"there is no {other}"
+        elif leaf == "lora_a" and info.shape[1] != header[other].shape[0]:
+            yield name, f"shape {info.shape} does not go with {header[other].shape} of its lora_b"
+
+
+def unusable(module: str, info: TensorInfo) -> str | None:
+    """Why a factor of this module cannot be used, whatever the format."""
+    if info.dtype not in _FLOATS:
+        return f"dtype {info.dtype}; must be one of {', '.join(sorted(_FLOATS))}"
+    try:
+        split_block(module)
+    except ValueError:
+        return "adapts a module outside the blocks (embeddings, lm_head), which is not supported"
+    if len(info.shape) == 3:
+        return "adapts stacked experts, which is not supported"
+    if len(info.shape) != 2 or 0 in info.shape:
+        return f"shape {info.shape}; must be that of a matrix"
+    return None
+
+
+def _check_against_config(adapter: Adapter, path: Path, keys: Any) -> None:
+    faults = [
+        Fault(
+            str(path), name, f"rank {tensor.shape[1]}, but lora_parameters.rank is {adapter.rank}"
+        )
+        for name, tensor in adapter.tensors.items()
+        if name.endswith(".lora_a") and tensor.shape[1] != adapter.rank
+    ]
+    if keys is not None:
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ModelError(Fault(str(path), "lora_parameters.keys", "must be a list of names"))
+        found = set(adapter.keys)
+        what = {
+            "{} has tensors, but is not listed": found - set(keys),
+            "{} is listed, but has no tensors": set(keys) - found,
+        }
+        faults += [
+            Fault(str(path), "lora_parameters.keys", text.format(key))
+            for text, differing in what.items()
+            for key in sorted(differing)
+        ]
+    if faults:
+        raise ModelError(*faults)
+
+
+def load_tensors(
+    path: Path, check: Callable[[Mapping[str, TensorInfo]], Iterable[tuple[str, str]]]
+) -> tuple[dict[str, mx.array], dict[str, Any] | None]:
+    """The tensors of a safetensors file in fp32, in memory, and the note written with them.
+
+    Args:
+        check: from the header to a (name, fault) for everything wrong with it.
+
+    Raises:
+        ModelError: the file lies about itself, `check` found faults, or values are not finite.
+    """
+    header = read_header(path)
+    faults = [Fault(str(path), name, what) for name, what in check(header)]
+    if not header:
+        faults = [Fault(str(path), "", "holds no tensors")]
+    if faults:
+        raise ModelError(*faults)
+    loaded: dict[str, mx.array]
+    metadata: dict[str, str]
+    loaded, metadata = mx.load(str(path), return_metadata=True)
+    tensors = {name: loaded[name].astype(mx.float32) for name in sorted(loaded)}
+    finite = {name: mx.isfinite(tensor).all() for name, tensor in tensors.items()}
+    mx.eval(tensors, finite)
+    if bad := [name for name in tensors if not finite[name].item()]:
+        what = "holds NaN or infinity: the run diverged, or the file is damaged"
+        raise ModelError(*(Fault(str(path), name, what) for name in bad))
+    try:
+        note = json.loads(metadata[_NOTE])
+    except (KeyError, ValueError, RecursionError):
+        note = None
+    return tensors, note if isinstance(note, dict) else None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The folder's ``adapter_config.json``.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+    path = directory / CONFIG
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        raise ModelError(Fault(str(path), "", "missing, or not a regular file"))
+    return read_json(path)
+
+
+def number(path: Path, field: str, value: Any) -> float:
+    """A finite number of a config.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ModelError(Fault(str(path), field, f"must be a number, not {value!r}"))
+    return float(value)
+
+
+def whole_number(path: Path, field: str, value: Any, least: int) -> int:
+    """An integer of a config, from `least` up.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        what = f"must be a whole number from {least} up, not {value!r}"
+        raise ModelError(Fault(str(path), field, what))
+    return value
+
+
+def text(path: Path, field: str, value: Any) -> str | None:
+    """A text of a config, or None where it has none.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if value is not None and not isinstance(value, str):
+        raise ModelError(Fault(str(path), field, f"must be a text, not {value!r}"))
+    return value
+
+
+# ---- onto a model ------------------------------------------------------------------------------
+
+
+def apply(model: nn.Module, adapter: Adapter) -> None:
+    """Freeze the model and put a `LoRALinear` with the adapter's factors where it has any.
+
+    Raises:
+        ModelError: a module is not there, is no linear layer or has other dimensions; all of them.
+    """
+    where = str(adapter.folder or "adapter")
+    modules = dict(model.named_modules())
+    faults, layers = [], []
+    for path in adapter.modules:
+        a, b = adapter.tensors[f"{path}.lora_a"], adapter.tensors[f"{path}.lora_b"]
+        linear = modules.get(path)
+        if not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
+            faults.append(Fault(where, path, "the model has no such linear layer"))
+            continue
+        outputs, inputs = dimensions(linear)
+        if (a.shape[0], b.shape[1]) != (inputs, outputs):
+            what = f"from {a.shape[0]} to {b.shape[1]}, but the model's is {inputs} to {outputs}"
+            faults.append(Fault(where, path, what))
+            continue
+        layer = LoRALinear(
+            linear,
+            rank=adapter.rank,
+            scale=adapter.scale,
+            dropout=adapter.dropout,
+            key=mx.random.key(0),
+        )
+        layer.lora_a, layer.lora_b = a, b
+        layers.append((path, layer))
+    if faults:
+        raise ModelError(*faults)
+    model.freeze()
+    model.update_modules(tree_unflatten(layers))
+
+
+# ---- the base ----------------------------------------------------------------------------------
+
+
+def fingerprint(folder: Path) -> str:
+    """Which weights a model folder holds: a SHA-256 over each tensor's name, dtype and shape, and
+    over 8 samples of 64 bytes of it, evenly spread.
+
+    It takes milliseconds and does not depend on how the tensors are parted into files. Two models
+    of one shape differ in it unless all of their sampled values are the same.
+
+    Raises:
+        ModelError: there are no weights, or a file is damaged.
+    """
+    digest = hashlib.sha256()
+    tensors: dict[str, tuple[Path, int, TensorInfo]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        header = read_header(path)
+        data = path.stat().st_size - max((info.end for info in header.values()), default=0)
+        tensors.update((name, (path, data, info)) for name, info in header.items())
+    if not tensors:
+        raise ModelError(Fault(str(folder), "", "no model*.safetensors there"))
+    paths = {path for path, _, _ in tensors.values()}
+    descriptors = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths}
+    try:
+        for name, (path, data, info) in sorted(tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            last = max(info.end - info.start - _SAMPLE_BYTES, 0)
+            for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+                size = min(_SAMPLE_BYTES, info.end - info.start - offset)
+                digest.update(os.pread(descriptors[path], size, data + info.start + offset))
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return digest.hexdigest()
+
+
+def check_base(adapter: Adapter, folder: Path) -> None:
+    """Refuse a base other than the one that the adapter was trained on, where that is known.
+
+    Raises:
+        ModelError: the fingerprints differ.
+    """
+    if adapter.fingerprint is None or (found := fingerprint(folder)) == adapter.fingerprint:
+        return
+    what = (
+        f"trained on {adapter.base or 'another model'} (weights {adapter.fingerprint[:12]}), "
+        f"but {folder} holds other weights ({found[:12]}); give the model it was trained on"
+    )
+    raise ModelError(Fault(str(adapter.folder or "adapter"), "fingerprint", what))

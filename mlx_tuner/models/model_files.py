@@ -1,0 +1,390 @@
+"""Checks a model folder before anything in it is loaded: config, index, shards, tokenizer.
+
+Only JSON and safetensors headers are read here; nothing of the folder is ever run or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models.model import MODEL_TYPES, skeleton
+from mlx_tuner.models.tensors import TensorInfo, read_header
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a model needs besides config and weights. Nothing else of a folder is read or copied."""
+
+CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal")
+"""Config keys by which a folder asks other loaders to run code. They are ignored."""
+
+_SHARDS = "model*.safetensors"  # what mlx-lm reads
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+_MAX_JSON_BYTES = 64 << 20
+_MAX_LISTED = 10
+_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
+_PACKED = {"U32", "U8"}  # in the weights and scales of quantised layers only
+_SIZES = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "num_experts": 100_000,
+    "hidden_size": 2**31,
+    "intermediate_size": 2**31,
+    "vocab_size": 2**31,
+}
+"""Upper bounds of sizes, so that building the layers of a hostile config ends."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model folder that can be loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    """Every tensor of all shards, by the name it has there."""
+    notes: tuple[str, ...]
+    """What a user should know, a sentence each."""
+
+
+def check_model_folder(folder: Path) -> ModelFiles:
+    """Everything that can be known to be wrong with a model folder without reading its weights.
+
+    Raises:
+        ModelError: with all that is wrong. After it returns, mlx-lm loads the folder.
+    """
+    config = _config(folder)
+    faults = list(_file_faults(folder))
+    if faults:
+        raise ModelError(*faults)
+    shards = _shards(folder)
+    tensors = _tensors(folder, shards)
+    _check_weights(folder, config, tensors)
+    if faults := list(_token_faults(folder, config, tensors)):
+        raise ModelError(*faults)
+    return ModelFiles(folder, config, shards, tensors, tuple(_notes(folder, config)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: it is missing, not an object, or broken (with the line).
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelError(Fault(str(path), "", f"larger than {_MAX_JSON_BYTES >> 20} MiB"))
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(Fault(str(path), "", f"cannot be read: {error.strerror}")) from None
+    except json.JSONDecodeError as error:
+        where, what = f"{path}:{error.lineno}", f"not valid JSON: {error.msg}"
+        raise ModelError(Fault(where, "", what)) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(Fault(str(path), "", f"not valid JSON: {error}")) from None
+    if not isinstance(value, dict):
+        raise ModelError(Fault(str(path), "", "must hold a JSON object"))
+    return value
+
+
+# ---- config ------------------------------------------------------------------------------------
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise ModelError(Fault(str(folder), "", "no such folder"))
+    if not path.exists():
+        raise ModelError(Fault(str(path), "", "missing; is this a model folder?"))
+    if fault := _placement_fault(path, folder):
+        raise ModelError(fault)
+    config = read_json(path)
+    faults = [Fault(str(path), key, what) for key, what in _config_faults(config)]
+    if (folder / "hf_quant_config.json").exists() and "quantization" not in config:
+        faults.append(Fault(str(folder / "hf_quant_config.json"), "", _NOT_OURS))
+    if faults:
+        raise ModelError(*faults)
+    return config
+
+
+_NOT_OURS = "quantised by another tool; take the model's original weights"
+
+
+def _config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        yield "model_type", f"{model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
+    if "model_file" in config:
+        yield "model_file", "the model needs code from its own folder, which is never run"
+    texts = config.get("text_config", {})
+    if not isinstance(texts, dict):
+        yield "text_config", "must be an object"
+        texts = {}
+    for name, table in (("", config), ("text_config.", texts)):
+        for key, highest in _SIZES.items():
+            size = table.get(key)
+            if size is not None and (type(size) is not int or not 0 <= size <= highest):
+                yield name + key, f"{str(size)[:40]} is not a whole number up to {highest:,}"
+        if isinstance(other := table.get("quantization_config"), dict) and "quant_method" in other:
+            yield f"{name}quantization_config", f"{other['quant_method']!r}: {_NOT_OURS}"
+    quantization = config.get("quantization")
+    if quantization is not None and not (
+        isinstance(quantization, dict)
+        and all(type(quantization.get(key)) is int for key in ("bits", "group_size"))
+    ):
+        yield "quantization", "must have bits and group_size"
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def _file_faults(folder: Path) -> Iterator[Fault]:
+    for name in (INDEX, *COMPANIONS):
+        if (folder / name).exists() or (folder / name).is_symlink():
+            yield from filter(None, [_placement_fault(folder / name, folder)])
+    if not (folder / "tokenizer.json").exists():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).exists():
+                what = "missing, and so is tokenizer.json; the model has no tokenizer"
+                yield Fault(str(folder / name), "", what)
+
+
+def _placement_fault(path: Path, folder: Path) -> Fault | None:
+    """What is wrong with where a file lies: links may lead to the Hub's cache, not elsewhere."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return Fault(str(path), "", f"cannot be read: {error.strerror}")
+    if not stat.S_ISREG(mode):
+        return Fault(str(path), "", "not a regular file")
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/COMMIT
+        repository = root.parent.parent
+        allowed += [repository / "blobs", repository.parent / "blobs"]
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        return Fault(str(path), "", "a link that leads out of the model's folder; copy the file")
+    return None
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    """The files that hold the weights: those that mlx-lm will read, and no other."""
+    found = sorted(folder.glob(_SHARDS))
+    if not found and not (folder / INDEX).exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        what = f"no {_SHARDS} here"
+        if pickles:
+            what = (
+                f"only pickled weights here ({pickles[0]}), which can run code when they are read"
+            )
+        raise ModelError(Fault(str(folder), "", f"{what}; take the model's safetensors weights"))
+    faults = [fault for path in found if (fault := _placement_fault(path, folder))]
+    if (index := folder / INDEX).exists():
+        listed = set(_weight_map(index).values())
+        for name in sorted(listed):
+            if not _is_plain(name):
+                faults.append(Fault(str(index), "weight_map", f"{name!r} is no name of a shard"))
+            elif folder / name not in found:
+                faults.append(Fault(str(folder / name), "", f"missing, though {INDEX} names it"))
+        for path in found:
+            if path.name not in listed:
+                what = f"not in {INDEX}, though mlx-lm would load it; remove one of the two"
+                faults.append(Fault(str(path), "", what))
+    if faults:
+        raise ModelError(*faults)
+    return tuple(found)
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and Path(name).match(_SHARDS)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(
+            Fault(str(index), "weight_map", "must give each tensor the name of a file")
+        )
+    return weight_map
+
+
+def _tensors(folder: Path, shards: tuple[Path, ...]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    homes: dict[str, str] = {}
+    faults: list[Fault] = []
+    for shard in shards:
+        try:
+            header = read_header(shard)
+        except ModelError as error:
+            faults += error.faults
+            continue
+        for name in header.keys() & homes.keys():
+            faults.append(Fault(str(shard), name, f"is in {homes[name]} too"))
+        tensors |= header
+        homes |= dict.fromkeys(header, shard.name)
+    if (index := folder / INDEX).exists() and not faults:
+        weight_map = _weight_map(index)
+        for name in sorted(weight_map.keys() | homes.keys()):
+            if (told := weight_map.get(name)) != (home := homes.get(name)):
+                what = f"is in {home or 'no shard'}, not in {told or 'the index'}"
+                faults.append(Fault(str(index), name, what))
+    if faults:
+        raise ModelError(*_shortened(faults, folder))
+    return tensors
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
+def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    """The tensors against the layers that the config describes, both as mlx-lm names them."""
+    quantised = "quantization" in config
+    faults = [
+        Fault(str(folder), name, f"{tensor.dtype} is a dtype that is not taken here; {_NOT_OURS}")
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _DTYPES or (tensor.dtype in _PACKED and not quantised)
+    ]
+    if faults:
+        raise ModelError(*_shortened(faults, folder))
+    # Never computed, so they take no memory.
+    weights = {n: mx.zeros(t.shape, _DTYPES[t.dtype]) for n, t in tensors.items()}
+    try:
+        model = skeleton({**config, "quantization": None})
+        if hasattr(model, "sanitize"):
+            weights = model.sanitize(weights)
+        if quantised:
+            _quantise(model, config["quantization"], weights)
+    except KeyError as error:
+        raise ModelError(Fault(str(folder), str(error.args[0]), "missing")) from None
+    except Exception as error:  # whatever mlx-lm's constructors make of a config that is wrong
+        what = f"no {config['model_type']} model can be built from it: {error}"
+        raise ModelError(Fault(str(folder / CONFIG), "", " ".join(what.split()))) from None
+    expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    found = {name: value.shape for name, value in weights.items()}
+    for name in expected.keys() - found.keys():
+        faults.append(Fault(str(folder), name, f"missing; {CONFIG} asks for it"))
+    for name in found.keys() - expected.keys():
+        faults.append(
+            Fault(str(folder), name, f"not a tensor of the model that {CONFIG} describes")
+        )
+    for name in found.keys() & expected.keys():
+        if found[name] != expected[name]:
+            what = f"shape {list(found[name])}, where {CONFIG} asks for {list(expected[name])}"
+            faults.append(Fault(str(folder), name, what))
+    if faults:
+        raise ModelError(*_shortened(sorted(faults, key=lambda fault: fault.field), folder))
+
+
+def _quantise(model: nn.Module, how: dict[str, Any], weights: dict[str, mx.array]) -> None:
+    """Quantise the layers that have scales, as mlx-lm does when it loads a folder."""
+    nn.quantize(
+        model,
+        group_size=how["group_size"],
+        bits=how["bits"],
+        mode=how.get("mode", "affine"),
+        class_predicate=lambda path, layer: how.get(
+            path, hasattr(layer, "to_quantized") and f"{path}.scales" in weights
+        ),
+    )
+
+
+def _shortened(faults: list[Fault], folder: Path) -> list[Fault]:
+    more = len(faults) - _MAX_LISTED
+    if more <= 0:
+        return faults
+    return [*faults[:_MAX_LISTED], Fault(str(folder), "", f"and {more} more tensors like these")]
+
+
+# ---- tokenizer and notes -----------------------------------------------------------------------
+
+
+def _token_faults(
+    folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> Iterator[Fault]:
+    """Tokens that the embedding does not have (MLX would read past its end), and no end token."""
+    rows = min(t.shape[0] for n, t in tensors.items() if n.endswith("embed_tokens.weight"))
+    for path, field, token in _token_ids(folder, config):
+        if token >= rows:
+            what = f"token id {token}, but the embedding has {rows} rows"
+            yield Fault(str(path), field, what)
+    ends = [
+        config.get("eos_token_id"),
+        _optional(folder / "generation_config.json").get("eos_token_id"),
+        _optional(folder / "tokenizer_config.json").get("eos_token"),
+    ]
+    if all(end is None for end in ends):
+        what = "no end-of-sequence token, here or in the tokenizer's files; add one"
+        yield Fault(str(folder / CONFIG), "eos_token_id", what)
+
+
+def _notes(folder: Path, config: dict[str, Any]) -> Iterator[str]:
+    settings = _optional(folder / "tokenizer_config.json")
+    keys = [key for key in CODE_KEYS if key in config or key in settings]
+    code = sorted(path.name for path in folder.glob("*.py"))
+    if keys or code:
+        yield f"{folder}: code of the model is ignored: {', '.join([*keys, *code])}"
+    templates = [folder / f"chat_template.{kind}" for kind in ("jinja", "json")]
+    if "chat_template" not in settings and not any(path.exists() for path in templates):
+        yield f"{folder}: no chat template, so only rows of plain text can be trained on"
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _token_ids(folder: Path, config: dict[str, Any]) -> Iterator[tuple[Path, str, int]]:
+    """Every place that names tokens, as file and field, with the highest id there."""
+    path = folder / "tokenizer.json"
+    tokenizer = _optional(path)
+    yield path, "model.vocab", _highest(_values(tokenizer.get("model"), "vocab"))
+    added = tokenizer.get("added_tokens")
+    entries = added if isinstance(added, list) else []
+    yield path, "added_tokens", _highest(e.get("id") for e in entries if isinstance(e, dict))
+    path = folder / "vocab.json"
+    yield path, "", _highest(_optional(path).values())
+    path = folder / "tokenizer_config.json"
+    decoder = _optional(path).get("added_tokens_decoder")
+    keys = decoder if isinstance(decoder, dict) else {}
+    yield path, "added_tokens_decoder", _highest(int(k) for k in keys if k.isdecimal())
+    path = folder / "generation_config.json"
+    for where, table in ((folder / CONFIG, config), (path, _optional(path))):
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = table.get(field)
+            yield where, field, _highest(value if isinstance(value, list) else [value])
+
+
+def _values(table: Any, key: str) -> Iterable[Any]:
+    inner = table.get(key) if isinstance(table, dict) else None
+    return inner.values() if isinstance(inner, dict) else ()
+
+
+def _highest(ids: Iterable[Any]) -> int:
+    return max((i for i in ids if type(i) is int), default=0)

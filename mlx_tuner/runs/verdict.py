@@ -1,0 +1,111 @@
+"""What the validation curve says about a run, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord, best_evaluation
+
+Kind = Literal[
+    "no validation", "too few", "worse than base", "overfitting", "rising", "flat", "improving"
+]
+
+_NOISE = 0.01
+"""Relative changes of the validation loss up to this say nothing."""
+_FEWEST = 3
+"""Evaluations after the start of training that make a curve."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How training went for rows that it did not see."""
+
+    kind: Kind
+    text: str
+    """One or two sentences: what the curve shows, and what to do."""
+
+
+def judge(records: Sequence[Record]) -> Verdict:
+    """The verdict on a run's records; an evaluation of step 0 is the base model's."""
+    evaluations = [r for r in records if isinstance(r, EvalRecord) and math.isfinite(r.val_loss)]
+    base = next((r for r in evaluations if r.step == 0), None)
+    curve = sorted((r for r in evaluations if r.step > 0), key=lambda record: record.step)
+    best = best_evaluation(curve)
+    if best is None:
+        return Verdict(
+            "no validation",
+            "Overfitting cannot be judged: there is no validation loss. Give data.valid a file, "
+            "or a fraction of the training rows such as 0.1.",
+        )
+    if base and best.val_loss >= base.val_loss * (1 + _NOISE):
+        return Verdict(
+            "worse than base",
+            f"Worse than the base model: its validation loss is {base.val_loss:.4g}, and the best "
+            f"while training is {best.val_loss:.4g} (step {best.step}). Lower train.learning_rate, "
+            "or check that training and validation rows are alike.",
+        )
+    if len(curve) < _FEWEST:
+        change = ""
+        if base:
+            change = f" ({_change(base.val_loss, best.val_loss)} against the base model)"
+        times = "once" if len(curve) == 1 else "twice"
+        return Verdict(
+            "too few",
+            f"Too early to judge overfitting: evaluated {times}, best {best.val_loss:.4g}{change}. "
+            "Lower train.eval_every to see a curve.",
+        )
+    last, after = curve[-1], [r for r in curve if r.step > best.step]
+    if last.val_loss > best.val_loss * (1 + _NOISE):
+        return _risen(records, best, last, len(after))
+    return _not_risen(curve, best, last)
+
+
+def _risen(records: Sequence[Record], best: EvalRecord, last: EvalRecord, after: int) -> Verdict:
+    """The curve ends above its lowest point."""
+    rise = f"from {best.val_loss:.4g} to {last.val_loss:.4g}"
+    rise += f" ({_change(best.val_loss, last.val_loss)})"
+    if after == 1:
+        return Verdict(
+            "rising",
+            f"Perhaps beginning to overfit: validation loss rose {rise} at the last evaluation. "
+            f"The adapter of step {best.step}, the best, was kept.",
+        )
+    train = [r.loss for r in records if isinstance(r, TrainRecord) and r.step >= best.step]
+    fell = len(train) > 1 and train[-1] < train[0]
+    while_training = " while training loss went on falling" if fell else ""
+    return Verdict(
+        "overfitting",
+        f"Overfitting since step {best.step}: validation loss rose {rise}{while_training}. The "
+        f"adapter of step {best.step}, the best, was kept; fewer epochs, more rows or a lower "
+        "rank would help.",
+    )
+
+
+def _not_risen(curve: Sequence[EvalRecord], best: EvalRecord, last: EvalRecord) -> Verdict:
+    """The curve ends at its lowest point, or within the noise of it."""
+    level = len(curve)
+    while level and curve[level - 1].val_loss <= best.val_loss * (1 + _NOISE):
+        level -= 1
+    if len(curve) - level >= max(_FEWEST, len(curve) / 3):
+        return Verdict(
+            "flat",
+            f"No overfitting: validation loss has been flat since step {curve[level].step}, at "
+            f"{best.val_loss:.4g}. More epochs of the same rows would hardly change it.",
+        )
+    before = curve[level - 1]
+    return Verdict(
+        "improving",
+        f"No overfitting: validation loss was still falling at the end, to {last.val_loss:.4g} "
+        f"({_change(before.val_loss, last.val_loss)} since step {before.step}). "
+        "More epochs may improve it further.",
+    )
+
+
+def _change(before: float, after: float) -> str:
+    """Such as "-12.3 %" or "+4.0 %"; of nothing no share can be taken."""
+    if before == 0:
+        return f"+{after:.4g}"
+    return f"{100 * (after - before) / before:+.1f} %".replace("-", "−")
