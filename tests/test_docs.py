@@ -145,7 +145,7 @@ def test_the_gate_runs_what_the_readme_begins_with(readme: str, root: Path) -> N
 def test_the_layout_names_every_module(root: Path) -> None:
     table = re.findall(r"^\| (`.*?) \|", (root / "CONTRIBUTING.md").read_text("utf-8"), re.M)
     listed = re.findall(r"`(\w+)\.py`", "".join(table))
-    there = [path.stem for path in (root / "mlx_tuner").glob("[!_]*.py")]
+    there = [path.stem for path in (root / "mlx_tuner").rglob("[!_]*.py")]
     assert sorted(listed) == sorted(there)
 
 

@@ -155,14 +155,10 @@ def test_changing_a_row_changes_no_other_rows_hidden_states():
 
 
 def test_in_bf16_our_error_is_no_larger_than_mlx_lms():
-    """Against fp32 on the same rounded weights, on average over batches.
-
-    Our loss is nearer, as its softmax is in fp32. Gradients are as near but for one rounding:
-    they leave the products in bf16, as the adapter's products run in the model's dtype.
-    """
+    """Against fp32 on the same rounded weights, on average over batches."""
     errors = np.array([bf16_errors(seed) for seed in range(6)]).mean(axis=0)
-    assert errors[0, 0] <= errors[1, 0]
-    assert errors[0, 1] <= 1.1 * errors[1, 1]
+    ours, theirs = errors
+    assert (ours <= theirs).all()
 
 
 def bf16_errors(seed):

@@ -1,7 +1,8 @@
 """LoRA for linear layers, plain or quantised (Hu et al. 2021, arXiv:2106.09685).
 
 Shapes: N tokens, I inputs, O outputs, r rank. Factors are stored as mlx-lm stores them,
-``lora_a`` (I, r) and ``lora_b`` (r, O), in fp32; products run in the dtype of the input.
+``lora_a`` (I, r) and ``lora_b`` (r, O), in fp32; products run in the dtype of the input, the
+factors' own gradients in fp32.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class LoRALinear(nn.Module):
 
     def delta(self, x: mx.array) -> mx.array:
         """The adapter's own part of the output, (…, I) to (…, O)."""
-        return self.expand(self.drop(x) @ self.lora_a.astype(x.dtype))
+        return self.expand(product(self.drop(x), self.lora_a))
 
     def expand(self, z: mx.array) -> mx.array:
         """``scale · B z``, (…, r) to (…, O)."""
-        return (self.scale * z) @ self.lora_b.astype(z.dtype)
+        return product(self.scale * z, self.lora_b)
 
     def drop(self, x: mx.array) -> mx.array:
         """Inverted dropout while training, from the key that `set_dropout_key` gave."""
@@ -86,6 +87,21 @@ class LoRALinear(nn.Module):
         return fused
 
 
+@mx.custom_function
+def product(x: mx.array, factor: mx.array) -> mx.array:
+    """``x @ factor``, (…, I) by (I, O) in fp32, in the dtype of ``x``."""
+    return x @ factor.astype(x.dtype)
+
+
+@product.vjp
+def _product_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    x, factor = primals
+    rows, errors = (y.reshape(-1, y.shape[-1]).astype(mx.float32) for y in (x, cotangent))
+    return cotangent @ factor.astype(x.dtype).T, rows.T @ errors
+
+
 def project(layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
     """The outputs of several linear layers for one input (N, I).
 
@@ -96,8 +112,9 @@ def project(layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
     if len(adapted) < 2 or any(layer.dropout and layer.training for layer in adapted):
         return [layer(x) for layer in layers]
     ends = list(accumulate(layer.lora_a.shape[1] for layer in adapted))
-    factors = mx.concatenate([layer.lora_a for layer in adapted], axis=1).astype(x.dtype)
-    inner = dict(zip(map(id, adapted), mx.split(x @ factors, ends[:-1], axis=-1), strict=True))
+    factors = mx.concatenate([layer.lora_a for layer in adapted], axis=1)
+    inner = product(x, factors)
+    inner = dict(zip(map(id, adapted), mx.split(inner, ends[:-1], axis=-1), strict=True))
     return [
         layer.linear(x) + layer.expand(inner[id(layer)]) if id(layer) in inner else layer(x)
         for layer in layers
