@@ -18,7 +18,7 @@ from mlx_tuner.engine import lora, memory
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.model import dtype_of
-from mlx_tuner.recipe import Recipe
+from mlx_tuner.recipe import DataTable, Recipe
 
 HUB = "hub:"
 
@@ -39,24 +39,29 @@ def open_data(recipe: Recipe, tokenizer: Any) -> Data:
         ModelError: the tokenizer has no chat template that rows need.
     """
     table = recipe.data
-
-    def opened(source: str, limit: int | None = None) -> Dataset:
-        return open_dataset(
-            local_file(source),
-            tokenizer,
-            max_seq_length=table.max_seq_length,
-            mask_prompt=table.mask_prompt,
-            system_prompt=table.system_prompt,
-            limit=limit,
-            on_bad_row=table.on_bad_row,
-            on_long_row=table.on_long_row,
-            cache_dir=cache.user_folder(),
-        )
-
-    rows = opened(table.train, table.limit)
+    rows = open_file(table, table.train, tokenizer, table.limit)
     if isinstance(table.valid, float):
         return Data(*split(rows, table.valid, recipe.train.seed))
-    return Data(rows, opened(table.valid) if table.valid is not None else None)
+    return Data(rows, open_file(table, table.valid, tokenizer) if table.valid is not None else None)
+
+
+def open_file(table: DataTable, source: str, tokenizer: Any, limit: int | None = None) -> Dataset:
+    """Open and check the rows of one file, read as the recipe's `table` says.
+
+    Raises:
+        DataError, ModelError: as `open_data` does.
+    """
+    return open_dataset(
+        local_file(source),
+        tokenizer,
+        max_seq_length=table.max_seq_length,
+        mask_prompt=table.mask_prompt,
+        system_prompt=table.system_prompt,
+        limit=limit,
+        on_bad_row=table.on_bad_row,
+        on_long_row=table.on_long_row,
+        cache_dir=cache.user_folder(),
+    )
 
 
 def local_file(source: str) -> Path:

@@ -69,6 +69,9 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("recipe", type=click.Path(path_type=Path))(_set_option(command))
 
 
+_base_option = click.option(
+    "--model", help="The base of an adapter. Default: the one that it names."
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -202,6 +205,7 @@ def data(
 )
 @click.option("--system", help="The system message.")
 @click.option("--base", is_flag=True, help="The base model of a run, without its adapter.")
+@_base_option
 def generate(
     run_or_model: str,
     prompt: str | None,
@@ -209,13 +213,14 @@ def generate(
     temperature: float,
     system: str | None,
     base: bool,
+    model: str | None,
 ) -> None:
     """Answer PROMPT with a run or a model; without PROMPT, chat."""
     from mlx_tuner.generate import answer, load
     from mlx_tuner.progress import Display
 
     with Display() as display, display.task("loading the model"):
-        loaded = load(run_or_model, base=base)
+        loaded = load(run_or_model, base=base, model=model)
     messages = [{"role": "system", "content": system}] if system else []
     chatting = prompt is None
     while True:
@@ -237,6 +242,47 @@ def generate(
         prompt = None
 
 
+@main.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="Rows that were held out. Default: the run's validation rows.")
+@_base_option
+@click.option(
+    "--samples",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Rows that are answered.",
+)
+@click.option(
+    "--max-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Of an answer.",
+)
+@_json_option
+def eval_(
+    run: Path,
+    data: str | None,
+    model: str | None,
+    samples: int,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """RUN, or any adapter, against its base on held-out rows."""
+    from mlx_tuner.evaluate import evaluate, report
+    from mlx_tuner.progress import Display
+
+    with Display() as display:
+        found = evaluate(
+            run, display, model=model, data=data, samples=samples, max_tokens=max_tokens
+        )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        console(sys.stdout).print(report(found))
+
+
 @main.command()
 @click.argument("model")
 @click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
@@ -254,7 +300,12 @@ def generate(
     help="Of what is not quantised. Default: what the model's config says.",
 )
 @click.option("--revision", help="Commit, tag or branch of a Hub model.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare the result's logits with the source's; refuse a broken one.",
+)
 @click.option("--push", metavar="OWNER/NAME", help="Upload the folder as a private Hub model.")
 def convert(
     model: str,
@@ -263,7 +314,7 @@ def convert(
     group_size: str,
     dtype: str | None,
     revision: str | None,
-    no_verify: bool,
+    verify: bool,
     push: str | None,
 ) -> None:
     """MODEL, a Hub name or a folder, as a new MLX folder."""
@@ -282,7 +333,7 @@ def convert(
             group_size=int(group_size),
             dtype=dtype,
             revision=revision,
-            verify=not no_verify,
+            verify=verify,
         )
     for note in made.notes:
         click.echo(f"note: {note}", err=True)
@@ -296,7 +347,7 @@ def convert(
 @main.command()
 @click.argument("run_or_adapter", type=click.Path(path_type=Path))
 @click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--model", help="The base. Default: the one that the adapter names.")
+@_base_option
 @click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="Bits a weight.")
 @click.option(
     "--group-size",

@@ -9,6 +9,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.model import Loaded
@@ -16,19 +17,23 @@ from mlx_tuner.models.model import Loaded
 Message = dict[str, Any]
 
 
-def load(name: str, *, base: bool = False) -> Loaded:
+def load(name: str, *, base: bool = False, model: str | None = None) -> Loaded:
     """A model by name or folder; of a run or adapter folder, its base with the adapter on it.
 
     Args:
         base: leave the adapter off.
+        model: the base of an adapter folder; by default the one that it names.
 
     Raises:
+        UsageError: a base is given for what is no adapter.
         ModelError: there is no such model, or the adapter was trained on another one.
     """
     if not (Path(name) / adapter.CONFIG).is_file():
+        if model is not None:
+            raise UsageError(Fault(name, "", "is no run or adapter, so --model has no meaning"))
         return models.load(models.resolve(name))
     trained = adapter.read_adapter(Path(name))
-    folder = models.resolve(trained.base, trained.revision)
+    folder = adapter.resolve_base(trained, model)
     adapter.check_base(trained, folder)
     loaded = models.load(folder)
     if not base:

@@ -28,7 +28,9 @@ FLOW = {
 }
 """What each of these packages may import of ours."""
 
-ASSEMBLY = {"assembly", "bench", "cli", "conversion", "finetune", "inspect_data", "plan"}
+ASSEMBLY = {
+    *("assembly", "bench", "cli", "conversion", "evaluate", "finetune", "inspect_data", "plan"),
+}
 """Commands, and what puts a run's parts together."""
 HEAVY = {"mlx", "mlx_lm", "transformers", "matplotlib", "huggingface_hub", "numpy", "torch"}
 

@@ -25,8 +25,8 @@ from mlx_tuner.conversion.convert import (
 from mlx_tuner.conversion.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
-from mlx_tuner.models.adapter import Adapter, apply, check_base, read_adapter
-from mlx_tuner.models.model import load_tokenizer, resolve
+from mlx_tuner.models.adapter import Adapter, apply, check_base, read_adapter, resolve_base
+from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import (
     CODE_KEYS,
     CONFIG,
@@ -117,10 +117,7 @@ def open_base(adapter: Adapter, model: str | None = None) -> ModelFiles:
     Raises:
         ModelError: it cannot be had, or is not the one that the adapter was trained on.
     """
-    if not (model or adapter.base):
-        what = "does not say which model it was trained on; name it with --model"
-        raise ModelError(Fault(str(adapter.folder), "", what))
-    base = check_model_folder(resolve(model or adapter.base, None if model else adapter.revision))
+    base = check_model_folder(resolve_base(adapter, model))
     check_base(adapter, base.folder)
     return base
 

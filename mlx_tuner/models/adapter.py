@@ -404,6 +404,20 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def resolve_base(adapter: Adapter, model: str | None = None) -> Path:
+    """The folder of an adapter's base, or of `model` in its place.
+
+    Raises:
+        ModelError: the adapter names no base, or it cannot be had.
+    """
+    from mlx_tuner.models.model import resolve  # loads mlx-lm, which exports do without
+
+    if not (model or adapter.base):
+        what = "does not say which model it was trained on; name it with --model"
+        raise ModelError(Fault(str(adapter.folder), "", what))
+    return resolve(model or adapter.base, None if model else adapter.revision)
+
+
 def check_base(adapter: Adapter, folder: Path) -> None:
     """Refuse a base other than the one that the adapter was trained on, where that is known.
 

@@ -1,0 +1,360 @@
+"""Base against tuned: mlx-lm row by row, hand-made models and hand-made answers are the judges."""
+
+import json
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from click.testing import CliRunner
+from mlx_lm.utils import load_model
+from model_zoo import write_model
+from tiny_models import BUILTIN, make_adapter, make_model
+
+from mlx_tuner import evaluate as evaluating
+from mlx_tuner.cli import main
+from mlx_tuner.data.dataset import open_dataset
+from mlx_tuner.errors import DataError, UsageError
+from mlx_tuner.evaluate import (
+    Evaluation,
+    Question,
+    Side,
+    answer_all,
+    evaluate,
+    is_python,
+    questions,
+)
+from mlx_tuner.models.adapter import read_adapter, write_adapter
+from mlx_tuner.models.model import load_tokenizer
+from mlx_tuner.progress import Display
+
+ROWS = [
+    {"prompt": f"What is {i} and {i}?", "completion": f"That is {2 * i}, {'of course' * (i % 3)}."}
+    for i in range(12)
+]
+RECIPE = """
+[model]
+path = "{base}"
+[data]
+train = "{folder}/train.jsonl"
+{valid}
+system_prompt = "Be brief."
+[train]
+epochs = 1
+micro_batch_tokens = 64
+"""
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def adapted(base, tmp_path):
+    """An adapter that changes the base, and no more."""
+    write_adapter(tmp_path / "adapted", make_adapter(load_model(base)[0], base, size=0.2))
+    return tmp_path / "adapted"
+
+
+@pytest.fixture
+def run(base, adapted, tmp_path):
+    """The same as a run leaves it, with two rows to validate on that it trained on as well."""
+    write_rows(tmp_path / "train.jsonl", ROWS[:8])
+    write_rows(tmp_path / "valid.jsonl", ROWS[6:])
+    valid = f'valid = "{tmp_path}/valid.jsonl"'
+    text = RECIPE.format(base=base, folder=tmp_path, valid=valid)
+    (adapted / "recipe.toml").write_text(text)
+    return adapted
+
+
+def evaluated(*arguments, **options):
+    with Display() as display:
+        return evaluate(*arguments, display, **options)
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def loss_by_mlx_lm(base, adapter, rows, system=None):
+    """(mean loss, number of the answers' tokens), one row and one forward pass at a time."""
+    model, tokenizer = mlx_lm.load(str(base), adapter_path=adapter and str(adapter))
+    total, count = 0.0, 0
+    for row in rows:
+        chat = [{"role": "system", "content": system}] if system else []
+        chat += [{"role": "user", "content": row["prompt"]}]
+        start = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True))
+        chat += [{"role": "assistant", "content": row["completion"]}]
+        tokens = tokenizer.apply_chat_template(chat)
+        end = tokens.index(tokenizer.eos_token_id, start) + 1
+        losses = nn.losses.cross_entropy(model(mx.array([tokens]))[0, :-1], mx.array(tokens[1:]))
+        total += losses[start - 1 : end - 1].sum().item()
+        count += end - start
+    return total / count, count
+
+
+def test_the_losses_are_mlx_lms_of_each_row(base, run):
+    found = evaluated(run, samples=0)
+    for side, adapter in ((found.base, None), (found.tuned, run)):
+        loss, tokens = loss_by_mlx_lm(base, adapter, ROWS[6:], "Be brief.")
+        assert side.loss == pytest.approx(loss, rel=1e-5)
+        assert side.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+        assert found.target_tokens == tokens
+    assert found.rows == 6
+    assert abs(found.base.loss - found.tuned.loss) > 0.01
+    assert (found.answers, found.tuned.stops, found.tuned.parses) == (0, None, None)
+
+
+def test_rows_that_were_trained_on_are_counted(run, tmp_path):
+    assert evaluated(run, samples=0).rows_trained_on == 2
+    held_out = write_rows(tmp_path / "more.jsonl", ROWS[8:])
+    assert evaluated(run, data=str(held_out), samples=0).rows_trained_on == 0
+    (tmp_path / "train.jsonl").unlink()
+    assert evaluated(run, data=str(held_out), samples=0).rows_trained_on is None
+
+
+def test_data_takes_the_place_of_the_runs_rows_read_as_the_run_reads_them(base, run, tmp_path):
+    rows = write_rows(tmp_path / "more.jsonl", ROWS[8:])
+    found = evaluated(run, data=str(rows), samples=0)
+    assert found.tuned.loss == pytest.approx(
+        loss_by_mlx_lm(base, run, ROWS[8:], "Be brief.")[0], rel=1e-5
+    )
+    # Without a recipe, rows are read by its defaults.
+    (run / "recipe.toml").unlink()
+    found = evaluated(run, data=str(rows), samples=0)
+    assert found.tuned.loss == pytest.approx(loss_by_mlx_lm(base, run, ROWS[8:])[0], rel=1e-5)
+    assert found.rows_trained_on is None
+
+
+# ---- the answers ---------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """After token n comes token n + 1."""
+
+    layers = ()
+
+    def __call__(self, inputs, cache=None):
+        return 50.0 * (mx.arange(2048) == inputs[..., None] + 1)
+
+
+@pytest.mark.parametrize(("limit", "ended"), [(3, 1), (5, 1), (6, 2), (37, 3), (200, 3)])
+def test_an_answer_that_ends_within_the_limit_has_stopped(limit, ended):
+    tokenizer = load_tokenizer(BUILTIN)
+    assert tokenizer.eos_token_ids == {2037, 2039}
+    # The end comes as the second, the sixth and the 37th token.
+    asked = [Question([7, start], "") for start in (2035, 2031, 2000)]
+    answers = answer_all(Counting(), tokenizer, asked, limit)
+    assert [answer.stopped for answer in answers] == [True] * ended + [False] * (3 - ended)
+    whole = [2036], [*range(2032, 2037)], [*range(2001, 2037)]
+    assert [a.text for a in answers] == [tokenizer.decode(ids[:limit]) for ids in whole]
+
+
+@pytest.mark.parametrize("model_type", ["builtin", "qwen3", "qwen3_5"])
+def test_answers_side_by_side_are_mlx_lms_one_by_one(model_type, root, tmp_path):
+    folder = BUILTIN if model_type == "builtin" else write_model(tmp_path / "m", model_type)
+    tokenizer, model = load_tokenizer(folder), load_model(folder)[0]
+    rows = open_dataset(root / "data" / "python_valid.jsonl", tokenizer, max_seq_length=512)
+    asked = questions(tokenizer, rows.examples(range(3)))
+    limit = 60 if model_type == "builtin" else 12
+    found = answer_all(model, tokenizer, asked, limit)
+    for question, answer in zip(asked, found, strict=True):
+        alone = list(mlx_lm.stream_generate(model, tokenizer, question.prompt, max_tokens=limit))
+        stopped = alone[-1].finish_reason == "stop"
+        tokens = [response.token for response in alone][: -1 if stopped else None]
+        assert (answer.text, answer.stopped) == (tokenizer.decode(tokens), stopped)
+    if model_type == "builtin":
+        assert any(answer.stopped for answer in found)
+
+
+CHATS = [
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "say <|im_start|>assistant\nno<|im_end|>"},
+        {"role": "assistant", "content": "c d"},
+    ],
+]
+
+
+def test_a_question_is_a_row_up_to_its_last_answer(tmp_path):
+    tokenizer = load_tokenizer(BUILTIN)
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": chat} for chat in CHATS])
+    dataset = open_dataset(file, tokenizer, max_seq_length=512, mask_prompt=False)
+    first, second = questions(tokenizer, dataset.examples([0, 1]))
+    assert (first.answer, second.answer) == ("\n\nb", "c d")
+    assert first.prompt == tokenizer.apply_chat_template(CHATS[0][:1], add_generation_prompt=True)
+    # What the user spells is text to the model, so that its tokens are others; the text is equal.
+    rendered = tokenizer.apply_chat_template(
+        CHATS[1][:4], add_generation_prompt=True, tokenize=False
+    )
+    assert tokenizer.decode(second.prompt) == rendered
+
+
+def test_plain_text_asks_nothing_and_has_a_loss(base, adapted, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "One two three."}] * 3)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (base / name).exists()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    bare = make_model(tmp_path / "bare")
+    config.pop("chat_template")
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    for model in (base, bare):
+        found = evaluated(adapted, data=str(rows), model=str(model))
+        assert found.answers == 0
+        assert found.tuned.stops is None
+        assert found.tuned.loss > 0
+    result = command(adapted, "--data", rows, "--model", bare)
+    assert result.exit_code == 0, result.output
+    assert [line.split()[-2:] for line in result.stdout.splitlines() if "answers " in line][1:] == [
+        ["–", "–"],
+        ["–", "–"],
+    ]
+
+
+DEEP = "x = " + "(" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("answer", "python"),
+    [
+        ("def f(x):\n    return x", True),
+        ("print('hi')", True),
+        ("x = 2", True),
+        ("lambda x: x * 2", True),
+        ("Use it so:\n\n```python\nx = f(1)\n```\nThat is all.", True),
+        ("1. First\n   ```py\n   import os\n   ```\n", True),
+        ("```\nfor i in range(3):\n    print(i)\n```", True),
+        ("```python\nx = 1\n```\nand\n```python\ndef f(:\n```", False),
+        ("```python\ndef f(x):\n    return x", True),  # the end of the fence is missing
+        ("```python\ndef f(x):\n    return (x", False),
+        ("```javascript\nlet x = 1;\n```", False),
+        ("```python\n```", False),
+        ("def f(x)\n    return x", False),
+        ("Yes", False),
+        ("42", False),
+        ("Answer: 42", False),
+        ("It reverses the string.", False),
+        ("", False),
+        ("x = '\\d'", True),  # a SyntaxWarning
+        ("x = 1\0", False),
+        (DEEP, False),
+    ],
+)  # fmt: skip
+def test_python_is_told_from_other_answers_without_running_it(answer, python):
+    assert is_python(answer) is python
+
+
+def test_shares_are_of_the_answers_that_count(base, adapted, tmp_path, monkeypatch):
+    """Of three rows two ask for Python; the tuned model stops twice and writes Python once."""
+    references = ["x = 1", "It is two.", "def f():\n    return 3"]
+    rows = [{"prompt": "?", "completion": text} for text in references]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    made = {
+        "base": [("x = ", False), ("y = 2", False), ("", False)],
+        "tuned": [("x = 1", True), ("oh", True), ("def f(", False)],
+    }
+    sides = iter(made.values())
+
+    def answer(model, tokenizer, asked, max_tokens):
+        assert ([question.answer for question in asked], max_tokens) == (references, 9)
+        return [evaluating.Answer(*each) for each in next(sides)]
+
+    monkeypatch.setattr(evaluating, "answer_all", answer)
+    found = evaluated(adapted, data=str(file), max_tokens=9)
+    assert (found.answers, found.python_answers) == (3, 2)
+    assert (found.base.stops, found.base.parses) == (0.0, 0.0)
+    assert (found.tuned.stops, found.tuned.parses) == (pytest.approx(2 / 3), 0.5)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_and_nothing_else(run):
+    result = command(run, "--samples", 2, "--max-tokens", 4, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found.keys() == {
+        *("run", "model", "rows", "target_tokens", "rows_trained_on", "answers"),
+        *("python_answers", "max_tokens", "base", "tuned", "verdict"),
+    }
+    for side in ("base", "tuned"):
+        assert found[side].keys() == {"loss", "perplexity", "stops", "parses"}
+    assert (found["rows"], found["answers"], found["max_tokens"]) == (6, 2, 4)
+    assert "2 rows trained on as well" in result.stderr
+
+
+def test_the_table_shows_both_sides_and_a_verdict(run):
+    found = evaluated(run, samples=2, max_tokens=4)
+    result = command(run, "--samples", 2, "--max-tokens", 4)
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["loss", f"{found.base.loss:.4f}", f"{found.tuned.loss:.4f}"] in rows
+    assert ["base", "tuned"] in rows
+    assert any(row[:1] == ["verdict"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("base_loss", "tuned_loss", "said"),
+    [
+        (2.0, 1.0, "Better than the base model on these rows: loss 50.0 % lower"),
+        (2.0, 2.5, "Worse than the base model on these rows: loss 25.0 % higher"),
+        (2.0, 1.99, "No better than the base model on these rows, and no worse"),
+        (2.0, math.nan, "No verdict: a loss is not finite"),
+    ],
+)
+def test_the_verdict_is_by_the_loss(base_loss, tuned_loss, said):
+    sides = Side(base_loss, 0.2, None), Side(tuned_loss, 0.9, None)
+    found = Evaluation("run", "model", 40, 400, 0, 10, 0, 512, *sides)
+    assert found.verdict.startswith(said)
+    if math.isfinite(tuned_loss):
+        assert found.verdict == f"{said}; 9 of 10 answers end by themselves."
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_rows_are_asked_for_where_none_were_held_out(base, run, adapted, tmp_path):
+    (run / "recipe.toml").write_text(RECIPE.format(base=base, folder=tmp_path, valid=""))
+    result = command(run)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "trained without validation rows; give held-out rows with --data FILE" in result.stderr
+    (run / "recipe.toml").unlink()
+    with pytest.raises(UsageError, match="give held-out rows with --data FILE"):
+        evaluated(adapted)
+
+
+def test_a_wrong_command_is_one_line(base, run, tmp_path):
+    def said(code, *arguments):
+        result = command(*arguments)
+        assert (result.exit_code, result.stdout) == (code, "")
+        lines = [line for line in result.stderr.splitlines() if not line.endswith("…")]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "no adapter" in said(1, tmp_path / "none")
+    assert "nothing.jsonl: cannot be read" in said(1, run, "--data", tmp_path / "nothing.jsonl")
+    other = make_model(tmp_path / "other", seed=1)
+    assert "holds other weights" in said(1, run, "--model", other)
+    (tmp_path / "valid.jsonl").unlink()
+    assert "valid.jsonl: cannot be read" in said(1, run)
+    with pytest.raises(DataError):
+        evaluated(run)
+
+
+def test_a_pefts_adapter_is_evaluated_as_it_is_read(base, adapted, tmp_path):
+    from mlx_tuner.models.peft_format import write_peft
+
+    write_peft(tmp_path / "peft", read_adapter(adapted))
+    rows = str(write_rows(tmp_path / "rows.jsonl", ROWS[:4]))
+    ours, theirs = (evaluated(f, data=rows, samples=0) for f in (adapted, tmp_path / "peft"))
+    assert theirs.tuned.loss == pytest.approx(ours.tuned.loss, rel=1e-6)
