@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from mlx_lm.utils import load_model
 from model_zoo import write_model
-from tiny_models import BUILTIN, make_adapter, make_model
+from tiny_models import BUILTIN, loss_by_mlx_lm, make_adapter, make_model
 
 from mlx_tuner import evaluate as evaluating
 from mlx_tuner.cli import main
@@ -84,23 +84,6 @@ def command(*arguments):
 
 
 # ---- the loss ------------------------------------------------------------------------------------
-
-
-def loss_by_mlx_lm(base, adapter, rows, system=None):
-    """(mean loss, number of the answers' tokens), one row and one forward pass at a time."""
-    model, tokenizer = mlx_lm.load(str(base), adapter_path=adapter and str(adapter))
-    total, count = 0.0, 0
-    for row in rows:
-        chat = [{"role": "system", "content": system}] if system else []
-        chat += [{"role": "user", "content": row["prompt"]}]
-        start = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True))
-        chat += [{"role": "assistant", "content": row["completion"]}]
-        tokens = tokenizer.apply_chat_template(chat)
-        end = tokens.index(tokenizer.eos_token_id, start) + 1
-        losses = nn.losses.cross_entropy(model(mx.array([tokens]))[0, :-1], mx.array(tokens[1:]))
-        total += losses[start - 1 : end - 1].sum().item()
-        count += end - start
-    return total / count, count
 
 
 def test_the_losses_are_mlx_lms_of_each_row(base, run):

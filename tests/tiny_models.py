@@ -6,6 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2, qwen3
 
@@ -78,6 +80,23 @@ def make_adapter(
         base=str(folder),
         fingerprint=fingerprint(folder),
     )
+
+
+def loss_by_mlx_lm(base, adapter, rows, system=None):
+    """(mean loss, number of the answers' tokens), one row and one forward pass at a time."""
+    model, tokenizer = mlx_lm.load(str(base), adapter_path=adapter and str(adapter))
+    total, count = 0.0, 0
+    for row in rows:
+        chat = [{"role": "system", "content": system}] if system else []
+        chat += [{"role": "user", "content": row["prompt"]}]
+        start = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True))
+        chat += [{"role": "assistant", "content": row["completion"]}]
+        tokens = tokenizer.apply_chat_template(chat)
+        end = tokens.index(tokenizer.eos_token_id, start) + 1
+        losses = nn.losses.cross_entropy(model(mx.array([tokens]))[0, :-1], mx.array(tokens[1:]))
+        total += losses[start - 1 : end - 1].sum().item()
+        count += end - start
+    return total / count, count
 
 
 def equal(left, right):
