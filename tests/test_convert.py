@@ -333,6 +333,17 @@ def test_the_command_prints_what_it_found(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "compared"), [([], True), (["--verify"], True), (["--no-verify"], False)]
+)
+def test_the_result_is_compared_unless_told_otherwise(tmp_path, options, compared):
+    arguments = ["convert", "builtin:tiny-qwen", "-o", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert ("largest error of a logit" in result.stdout) is compared
+    assert ("largest error" in (tmp_path / "out" / "README.md").read_text()) is compared
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["nowhere", "-o", "out"], 1, "nowhere: model.path: no such folder"),

@@ -1,11 +1,16 @@
 """The seam to the Hub against a local endpoint that speaks its protocol."""
 
+import mlx.core as mx
+import mlx_lm
 import pytest
 from fake_hub import COMMIT, FakeHub, Repository
 from huggingface_hub import constants
 
 from mlx_tuner import hub
+from mlx_tuner.conversion.convert import convert
 from mlx_tuner.errors import DataError, ModelError
+from mlx_tuner.models.model import load, resolve
+from mlx_tuner.progress import Display
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -201,3 +206,18 @@ def test_a_folder_is_pushed_as_a_private_model(fake, monkeypatch, tmp_path):
 def test_a_push_without_a_token_is_refused(fake, tmp_path):
     assert "set HF_TOKEN" in fault(ModelError, hub.check_token, "me/mine")
     assert "me/mine: " in fault(ModelError, hub.push, tmp_path, "me/mine")
+
+
+def test_a_pushed_folder_is_a_model_by_name(fake, monkeypatch, tmp_path):
+    """To us and to mlx-lm."""
+    with Display() as display:
+        convert("builtin:tiny-qwen", tmp_path / "made", display, bits=8)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.push(tmp_path / "made", "me/mine")
+    folder = resolve("me/mine")
+    assert folder.is_relative_to(tmp_path / "cache")
+    ours, theirs = load(folder).model, mlx_lm.load("me/mine")[0]
+    kept = mlx_lm.load(str(tmp_path / "made"))[0]
+    tokens = mx.array([[5, 300, 17, 999, 2, 1024]])
+    assert mx.array_equal(ours(tokens), kept(tokens))
+    assert mx.array_equal(theirs(tokens), kept(tokens))
