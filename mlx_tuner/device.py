@@ -174,7 +174,7 @@ def facts(probe: Probe | None = None) -> Machine:
     peak, bandwidth = chip_peak(chip, cores) if backend == "metal" else (None, None)
     thermal = thermal_state(probe) if is_mac else None
     pressure = memory_pressure(probe) if is_mac else None
-    low_power = _flag(r"lowpowermode\s+(\d)", probe.command("pmset", "-g")) if is_mac else None
+    low_power = low_power_mode(probe) if is_mac else None
     power_source = probe.command("pmset", "-g", "batt") if is_mac else ""
     on_battery = "'Battery Power'" in power_source if power_source else None
     return Machine(
@@ -224,6 +224,15 @@ def gpu_cores(probe: Probe) -> int | None:
         if found := re.search(pattern, probe.command(*argv)):
             return int(found[1])
     return None
+
+
+def low_power_mode(probe: Probe) -> bool | None:
+    """Whether macOS saves energy, or None where that cannot be read.
+
+    Macs that have a high power mode, too, tell of a `powermode`: 0 automatic, 1 low, 2 high.
+    """
+    found = re.search(r"^\s*(?:low)?powermode\s+(\d)", probe.command("pmset", "-g"), re.MULTILINE)
+    return found[1] == "1" if found else None
 
 
 def thermal_state(probe: Probe) -> str | None:
@@ -370,11 +379,6 @@ def _available_ram(probe: Probe) -> int:
     if limit.isdigit() and used.isdigit():
         available = min(available, max(0, int(limit) - int(used)))
     return available
-
-
-def _flag(pattern: str, text: str) -> bool | None:
-    found = re.search(pattern, text)
-    return found[1] != "0" if found else None
 
 
 def _package_version(name: str) -> str:

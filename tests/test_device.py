@@ -146,6 +146,12 @@ def test_a_slowed_down_mac_says_so() -> None:
     assert len(machine.notes) == 4
 
 
+@pytest.mark.parametrize(("mode", "low"), [(0, False), (1, True), (2, False)])
+def test_a_mac_with_a_high_power_mode_tells_of_low_power_too(mode: int, low: bool) -> None:
+    commands = {"pmset -g": f" powernap             1\n powermode            {mode}\n"}
+    assert device.facts(FakeMac("Apple M4 Pro", 20, commands)).low_power_mode is low
+
+
 def test_facts_that_a_mac_does_not_tell_are_none() -> None:
     silent = {
         "ioreg": "",
