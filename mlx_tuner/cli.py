@@ -511,7 +511,7 @@ def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
 @click.option("--quick", is_flag=True, help="Fewer and shorter measurements.")
 @click.option("--against", metavar="mlx-lm|FILE.json", help="Compare with its trainer, or earlier.")
 @click.option("--sweep", is_flag=True, help="Try rows a step, tokens a row and quantisation.")
-@click.option("--name", help="Of the file in benchmarks/results; default: by chip and model.")
+@click.option("--name", help="Of the result file; default: by chip and model.")
 @click.option("--markdown", is_flag=True, help="Print a row for the README's table.")
 @_json_option
 def bench(
@@ -528,7 +528,11 @@ def bench(
     markdown: bool,
     as_json: bool,
 ) -> None:
-    """Training and generation speed of this machine; nothing is downloaded for a SHAPE."""
+    """Training and generation speed of this machine; nothing is downloaded for a SHAPE.
+
+    The result is kept as JSON: in benchmarks/results where that is a folder, else in
+    ~/.cache/mlx-tune/bench.
+    """
     from mlx_tuner.bench import report as bench_report
     from mlx_tuner.bench.bench import Result, bench, save
     from mlx_tuner.bench.sweep import Sweep, measure
@@ -554,10 +558,10 @@ def bench(
             found: Result | Sweep = measure(settings, display, command=command)
         else:
             found = bench(settings, display, command=command, earlier=earlier)
-        display.note(f"written to {save(found, name)}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     elif markdown:
         click.echo(bench_report.markdown_row(found.to_json()))
     else:
         console(sys.stdout).print(bench_report.report(found))
+    click.echo(f"written to {save(found, name)}", err=True)  # last: a full disk costs no figures

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
+from mlx_tuner.terminal import ram
+
 if TYPE_CHECKING:
     from mlx_tuner.device import Machine, Probe
 
@@ -132,7 +134,7 @@ def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
 
 
 def _memory(machine: Machine, budget: int) -> Iterator[Finding]:
-    what = f"{machine.memory_bytes / 1e9:.1f} GB, of which a run may use {budget / 1e9:.1f} GB"
+    what = f"{ram(machine.memory_bytes)}, of which a run may use {budget / 1e9:.1f} GB"
     if budget / 1e9 < SMALLEST_BUDGET_GB:
         advice = "close other programs; `builtin:tiny-qwen` trains in less"
         yield Finding("missing", "memory", what, advice)

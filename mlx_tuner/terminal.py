@@ -90,6 +90,11 @@ def rate(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
+def ram(size: int) -> str:
+    """Bytes of RAM as it is sold, in binary gigabytes: "48 GB" of 51,539,607,552."""
+    return f"{size / 2**30:.0f} GB"
+
+
 def plural(count: int, noun: str) -> str:
     """Such as "1 row", "1,000 rows"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -51,10 +51,18 @@ def _add_micro(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def micro(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The shape "micro", and an empty working folder."""
-    _add_micro(monkeypatch)
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A working folder with a place for results, as in a clone."""
     monkeypatch.chdir(tmp_path)
+    folder = Path("benchmarks/results")
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def micro(monkeypatch: pytest.MonkeyPatch, results: Path) -> None:
+    """The shape "micro", and a working folder."""
+    _add_micro(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +113,7 @@ def test_the_phases_of_a_step_are_all_of_its_time(result: bench.Result) -> None:
 def test_a_result_can_be_read_and_pasted(result: bench.Result, capsys: Any) -> None:
     console(sys.stdout).print(bench_report.report(result))
     text = capsys.readouterr().out
-    for word in ("samples/s", "tokens/s", "TFLOP/s", "1.468", "20,000 rows", "limit", "fusing"):
+    for word in ("samples/s", "tokens/s", " GFLOP/s", "1.468", "20,000 rows", "limit", "fusing"):
         assert word in text
     row = bench_report.markdown_row(json.loads(json.dumps(result.to_json())))
     header, line, same = bench_report.markdown_table([row]).splitlines()
@@ -115,12 +123,34 @@ def test_a_result_can_be_read_and_pasted(result: bench.Result, capsys: Any) -> N
     assert result.machine.chip in row
 
 
-def test_an_earlier_result_is_compared_with_what_differs(
-    result: bench.Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_mac_is_told_how_far_it_is_from_its_chips_peak_and_from_its_products(
+    result: bench.Result, capsys: Any
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    machine = device.facts(FakeMac("Apple M4 Pro", 20))
+    training = replace(
+        result.training,
+        flops_per_step=4e12,
+        tflops=4.0,
+        gemm_tflops=7.0,
+        peak_tflops=8.08,
+        peak_source="table",
+        percent_of_peak=49.5,
+    )
+    told = replace(result, machine=machine, training=training)
+    console(sys.stdout).print(bench_report.report(told))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "machine     Apple M4 Pro, 20 GPU cores, 48 GB, 273 GB/s" in lines
+    assert "low power mode off, thermal pressure nominal" in lines
+    assert "FLOPs       4 TFLOP a step, 4 TFLOP/s" in lines
+    assert "50 % of the chip's FP32 peak, 8.08 TFLOP/s" in lines
+    assert "57 % of large float32 products, measured: 7 TFLOP/s" in lines
+
+
+def test_an_earlier_result_is_compared_with_what_differs(
+    result: bench.Result, results: Path
+) -> None:
     path = bench.save(result, "before")
-    assert path == Path("benchmarks/results/before.json")
+    assert path == results / "before.json"
     before = bench.load_result(path)
     before["training"]["samples_per_second"] = {
         "median": 1.0,
@@ -137,6 +167,16 @@ def test_an_earlier_result_is_compared_with_what_differs(
         "batch_size: 2 here, 4 there",
         f"chip: {result.machine.chip} here, Apple M1 there",
     ]
+
+
+def test_outside_a_clone_a_result_goes_to_the_users_cache(
+    result: bench.Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "anywhere").mkdir()
+    monkeypatch.chdir(tmp_path / "anywhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert bench.save(result, "mine") == tmp_path / "cache" / "mlx-tune" / "bench" / "mine.json"
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"benchmark": "x", "schema_version": 1}'])
@@ -211,6 +251,19 @@ def test_a_sweep_finds_the_fastest_setting_and_draws_it(
     assert json.loads(path.read_text())["fastest"]["seq"] == best.seq
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     console(sys.stderr).print(bench_report.report(swept))
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B-Instruct"), ("qwen3-0.6b", "Qwen/Qwen3-0.6B")],
+)
+def test_a_sweeps_recipe_lines_name_a_model_that_can_be_had(shape: str, name: str) -> None:
+    cell = sweep.Cell(None, 8, 128, tokens_per_second=1.0, micro_batch_tokens=512)
+    setting = (None,), (8,), (128,)
+    swept = sweep.Sweep(device.facts(), shape, "bfloat16", *setting, (cell,), (), "")
+    assert f'path = "{name}"' in swept.recipe_lines()
+    quantised = replace(swept, cells=(replace(cell, quantize=4),))
+    assert f"mlx-tune convert {name} --quantize 4" in quantised.recipe_lines()
 
 
 def test_a_sweep_leaves_out_what_does_not_fit_or_takes_too_long(

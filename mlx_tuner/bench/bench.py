@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mlx_tuner import assembly, device, files
+from mlx_tuner import assembly, cache, device, files
 from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.measure import Spread, interleave
 from mlx_tuner.bench.speed import (
@@ -53,6 +53,7 @@ from mlx_tuner.runs.report import PEFT_BASELINE
 
 SCHEMA_VERSION = 1
 RESULTS = Path("benchmarks") / "results"
+"""Of a clone of the repository, from where the README's tables are made."""
 PROJECTED_ROWS, PROJECTED_EPOCHS = (100, 1_000, 20_000), 3
 
 
@@ -236,6 +237,9 @@ def earlier_ratios(
 def save(result: Result | Sweep, name: str | None) -> Path:
     """Write a result to ``benchmarks/results/NAME.json``, a sweep's heat map beside it.
 
+    Where there is no such folder, to the user's cache folder: a bench leaves nothing where it
+    happens to be run.
+
     Args:
         name: None for one made of the machine's chip and the model.
     """
@@ -245,7 +249,8 @@ def save(result: Result | Sweep, name: str | None) -> Path:
         work = result.workload
         quantised = f"-{work.quantize}bit" if work.quantize else ""
         default = f"bench-{result.machine.chip}-{work.model}{quantised}"
-    path = RESULTS / f"{name or _slug(default)}.json"
+    folder = RESULTS if RESULTS.is_dir() else cache.user_folder() / "bench"
+    path = folder / f"{name or _slug(default)}.json"
     files.write_json(path, result.to_json())
     if isinstance(result, Sweep):
         from mlx_tuner.plots import heat_maps

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from mlx_tuner.bench.bench import PROJECTED_EPOCHS, Result
 from mlx_tuner.bench.measure import Spread
-from mlx_tuner.bench.speed import Phases
+from mlx_tuner.bench.speed import Phases, Training
 from mlx_tuner.bench.sweep import Sweep
-from mlx_tuner.terminal import duration, plural, rate
+from mlx_tuner.bench.workload import RANK, TARGET_MODULES, Workload
+from mlx_tuner.terminal import duration, plural, ram, rate
 
 MARKDOWN_COLUMNS = (
     "machine",
@@ -37,7 +38,7 @@ _VERDICTS = {
     "bandwidth": "reading the weights: more rows a step would share each reading",
     "data": "waiting for rows",
     "Python": "building the graph in Python: more rows a step would hide it",
-    "other kernels": "element-wise ones, softmax and launches rather than matrix products",
+    "other kernels": "small products, element-wise work, softmax and launches",
 }
 _PHASES = {
     "data": "rows",
@@ -72,7 +73,7 @@ def markdown_row(found: Mapping[str, Any]) -> str:
     backend = "CPU with OpenBLAS" if machine["openblas"] else machine["backend"].upper()
     cells = (
         f"{machine['chip']}{cores}, {backend}",
-        f"{machine['memory_bytes'] / 1e9:.0f} GB",
+        ram(machine["memory_bytes"]),
         machine["os"],
         machine["mlx"],
         _form(work["model"], work["dtype"], work["quantize"]),
@@ -106,7 +107,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
     cores = f", {machine.gpu_cores} GPU cores" if machine.gpu_cores else ""
     bandwidth = machine.bandwidth_gb_per_second
     speed = f", {bandwidth} GB/s" if bandwidth else ""
-    yield "machine", f"{machine.chip}{cores}, {machine.memory_bytes / 1e9:.0f} GB{speed}"
+    yield "machine", f"{machine.chip}{cores}, {ram(machine.memory_bytes)}{speed}"
     backend = f"{machine.backend} with OpenBLAS" if machine.openblas else machine.backend
     yield "", f"{machine.os}, mlx {machine.mlx} on {backend}, mlx-lm {machine.mlx_lm}"
     if machine.thermal_state or machine.low_power_mode is not None:
@@ -114,25 +115,19 @@ def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
         yield "", f"low power mode {power}, thermal pressure {machine.thermal_state or 'unknown'}"
     length = f"of {work.seq} tokens" if work.seq else "as long as CodeAlpaca's"
     form = _form(work.model, work.dtype, work.quantize)
-    yield "work", f"{form}: {plural(work.batch_size, 'row')} a step, {length}"
+    yield "work", f"{form}, LoRA of rank {RANK} on {' '.join(n[0] for n in TARGET_MODULES)}"
     yield (
         "",
-        f"{plural(work.steps, 'step')} a pass, {training.samples_per_second.repeats} passes: "
-        f"{work.tokens / work.rows:.0f} tokens a row, {work.target_tokens / work.rows:.0f} targets",
+        f"{plural(work.batch_size, 'row')} a step, {length}: {work.tokens / work.rows:.0f} tokens "
+        f"each, of which {work.target_tokens / work.rows:.0f} are learned",
     )
+    passes = training.samples_per_second.repeats
+    yield "", f"{plural(work.steps, 'step')} a pass: the median of {passes} passes (low … high)"
     yield "training", Text(f"{_spread(training.samples_per_second)} samples/s", "bold green")
     yield "", f"{_spread(training.tokens_per_second)} tokens/s, padding not counted"
     yield "", f"{_spread(training.steps_per_second)} steps/s"
-    yield "", f"{training.peak_memory_gb:.2f} GB at most"
-    if training.tflops is not None and training.flops_per_step is not None:
-        source = "the chip's peak" if training.peak_source == "table" else "its measured products"
-        yield (
-            "FLOPs",
-            f"{training.flops_per_step / 1e12:.3g} TFLOP a step, {training.tflops:.3g} TFLOP/s: "
-            f"{training.percent_of_peak:.0f} % of {source}, {training.peak_tflops:.3g}",
-        )
-    if training.peak_source == "measured":
-        yield "", "this chip is not in the table of peaks: its speed in large products was measured"
+    yield "", f"peak memory {training.peak_memory_gb:.2f} GB"
+    yield from _flops(training, work)
     yield from _baseline(result.baseline)
     for rows, seconds in result.projection.items():
         epochs = f"{int(rows):,} rows × {PROJECTED_EPOCHS} epochs"
@@ -145,15 +140,15 @@ def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
     yield "limit", Text(f"{limit.verdict}: {_VERDICTS[limit.verdict]}", "bold")
     yield (
         "",
-        f"of a step: products at their own speed {100 * limit.products:.0f} %{weights}, "
-        f"Python {100 * limit.python:.1f} %, data {100 * limit.data:.1f} %, "
+        f"at full speed products take {100 * limit.products:.0f} % of a step{weights}; "
+        f"Python {100 * limit.python:.1f} %, rows {100 * limit.data:.1f} %, "
         f"the rest {100 * limit.other:.0f} %",
     )
     for name, measured in result.generation.items():
         yield (
             "generation" if name == "base" else "",
             f"{name:<8}{rate(measured.decode_tokens_per_second.median):>8} tokens/s, "
-            f"prompt {rate(measured.prompt_tokens_per_second.median)} tokens/s",
+            f"reads prompts at {rate(measured.prompt_tokens_per_second.median)} tokens/s",
         )
     yield "", _worth_fusing(result)
     for name, other in result.against.items():
@@ -166,23 +161,47 @@ def _spread(spread: Spread) -> str:
     return f"{rate(spread.median)} ({rate(spread.low)} … {rate(spread.high)})"
 
 
+def _flops(training: Training, work: Workload) -> Iterator[tuple[str, str]]:
+    if training.tflops is None or training.flops_per_step is None:
+        return
+    yield "FLOPs", f"{_flop(training.flops_per_step)} a step, {_flop(training.tflops * 1e12)}/s"
+    if training.peak_source == "table":
+        peak = f"the chip's FP32 peak, {_flop(training.peak_tflops * 1e12)}/s"
+        yield "", f"{training.percent_of_peak:.0f} % of {peak}"
+        percent = 100 * training.tflops / training.gemm_tflops
+        form = f"{work.quantize}-bit" if work.quantize else work.dtype
+        speed = _flop(training.gemm_tflops * 1e12)
+        yield "", f"{percent:.0f} % of large {form} products, measured: {speed}/s"
+    else:
+        speed = _flop(training.peak_tflops * 1e12)
+        share = f"{training.percent_of_peak:.0f} %"
+        yield "", f"{share} of large {work.dtype} products, measured: {speed}/s"
+        yield "", "(the table of peaks does not have this chip)"
+
+
+def _flop(count: float) -> str:
+    """Such as "4.01 TFLOP", "3.44 GFLOP"."""
+    return f"{count / 1e12:.3g} TFLOP" if count >= 1e11 else f"{count / 1e9:.3g} GFLOP"
+
+
 def _baseline(baseline: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (factor := baseline["factor"]) is None:
         return
-    told = f"{factor:.2g} × {baseline['samples_per_second']} samples/s ({baseline['of']})"
-    if baseline["basis"] != "measured":
-        told += f"; by its FLOPs the same work would run at {rate(baseline['here'])} samples/s"
-    yield "baseline", told
+    yield "baseline", f"{baseline['samples_per_second']} samples/s: {baseline['of']}"
+    here = f"{rate(baseline['here'])} samples/s"
+    if baseline["basis"] == "measured":
+        yield "", f"here {here}: {factor:.2g} × as fast"
+    else:
+        yield "", f"here about {here} on that work, by its FLOPs: {factor:.2g} ×"
 
 
 def _worth_fusing(result: Result) -> str:
     fused, adapter = (
-        result.generation[name].decode_tokens_per_second.median for name in ("fused", "adapter")
+        result.generation[name].decode_tokens_per_second for name in ("fused", "adapter")
     )
-    percent = 100 * (fused / adapter - 1)
-    if percent >= 3:
-        return f"fusing makes answers {percent:.0f} % faster"
-    return "fusing makes no difference to the speed of answers"
+    if fused.low <= adapter.high:
+        return "fusing makes no clear difference to the speed of answers"
+    return f"fusing makes answers {100 * (fused.median / adapter.median - 1):.0f} % faster"
 
 
 def _against(name: str, other: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -206,7 +225,7 @@ def _phases(phases: Phases) -> RenderableType:
         table.add_row(_PHASES[name], f"{seconds:.4f}", f"{100 * seconds / phases.step:.1f} %")
     total = sum(phases.by_name.values())
     table.add_row("together", f"{total:.4f}", f"{100 * total / phases.step:.1f} %", style="dim")
-    undisturbed = "without waiting between phases"
+    undisturbed = "a step that is not stopped in between"
     table.add_row(undisturbed, f"{phases.step_undisturbed:.4f}", "", style="dim")
     return table
 

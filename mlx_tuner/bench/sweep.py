@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tuner import assembly, device
+from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.workload import (
     LEARNING_RATE,
     RANK,
@@ -84,13 +85,15 @@ class Sweep:
         best = self.fastest
         if best is None:
             return ""
-        quantised = f"  # mlx-tune convert {self.model} --quantize {best.quantize} -o …"
+        # A shape is no model that a recipe could name.
+        name = synthetic.hub_name(self.model) if self.model in synthetic.SHAPES else self.model
+        quantised = f"  # mlx-tune convert {name} --quantize {best.quantize} -o …"
         return "\n".join(
             (
                 "[model]",
-                f'path = "{self.model}"' if best.quantize is None else f'path = "…"{quantised}',
+                f'path = "{name}"' if best.quantize is None else f'path = "…"{quantised}',
                 "[data]",
-                f"max_seq_length = {best.seq}",
+                f"max_seq_length = {best.seq}  # the rows' length here: longer ones are cut to it",
                 "[train]",
                 f"batch_size = {best.batch_size}",
                 f"micro_batch_tokens = {best.micro_batch_tokens}",

@@ -74,6 +74,12 @@ def config_of(shape: str) -> dict[str, Any]:
     return config | ({"head_dim": 128} if family == "qwen3" else {})
 
 
+def hub_name(shape: str) -> str:
+    """The published model of a shape: "Qwen/Qwen2.5-1.5B-Instruct" for "qwen2.5-1.5b"."""
+    family, _, size = shape.partition("-")
+    return f"Qwen/{family.title()}-{size.upper()}{'-Instruct' if family != 'qwen3' else ''}"
+
+
 def random_model(config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
     """A model of the config with random weights, in memory; quantised where the config says so."""
     mx.random.seed(0)

@@ -164,7 +164,7 @@ def choose(settings: Settings, gemm: float) -> Subject:
     else:
         what = f"{passed_over[-1].partition(': ')[2]}; try --quantize 4 or a smaller shape"
         raise ModelError(Fault(name, "--model", what))
-    notes = [f"smaller than the user's job: {', '.join(passed_over)}"] if passed_over else []
+    notes = [f"a smaller model than the default: {', '.join(passed_over)}"] if passed_over else []
     if settings.steps is None and a_step:
         steps = int(settings.training_seconds / (settings.passes * a_step))
         subject = subject_of(name, settings, steps=min(MOST_STEPS, max(1, steps)))
