@@ -13,6 +13,7 @@ import harness
 
 from mlx_tuner import files
 from mlx_tuner.bench.report import markdown_row, markdown_table
+from mlx_tuner.terminal import ram
 
 INTRODUCTION = """\
 # Benchmarks
@@ -28,6 +29,7 @@ again changes it. (After `mlx-tune bench`, run `python benchmarks/readme.py`.)
 | `python benchmarks/training.py` | our training step against mlx-lm's, on real rows |
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
+| `python benchmarks/chaos.py` | what being killed costs a run, against mlx-lm, and a conversion |
 
 Variants run in turns (A B A B …), so that whatever else the machine does hits all of them. A
 figure is the median with the lowest and highest in parentheses; a ratio is taken turn by turn.
@@ -67,7 +69,7 @@ def _origin(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     cores = machine["gpu_cores"] or machine["cpu_cores"]
     backend = machine["backend"] + (" with OpenBLAS" if machine["openblas"] else "")
-    memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
+    memory = ram(machine["memory_bytes"])
     told = (
         f"`{result['command']}`, {result['date'][:10]}: {machine['chip']}, {cores} cores, "
         f"{memory}, {machine['os']}, mlx {machine['mlx']} on {backend}, "
