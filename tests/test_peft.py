@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
+from model_zoo import write_model
 from tiny_models import equal, make_adapter, make_model
 
 from mlx_tuner.cli import main
@@ -125,6 +126,27 @@ def test_modules_that_differ_between_blocks_are_listed_by_their_paths(
     loaded = peft.PeftModel.from_pretrained(torch_base, tmp_path)
     assert sorted(loaded.targeted_module_names) == sorted(adapter.modules)
     assert np.abs(torch_logits(torch, loaded) - logits_of(base, adapter)).max() < 1e-4
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["in_proj_qkv"]])
+def test_peft_finds_every_module_of_qwen_3_5(torch, peft, tmp_path, targets):
+    """Whose blocks MLX keeps under another name than transformers does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = write_model(tmp_path / "base", "qwen3_5")
+    adapter = make_adapter(load_model(base)[0], base, targets=targets, scale=1.7)
+    write_peft(tmp_path / "peft", adapter)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
+    found = {n: p for n, p in loaded.named_parameters() if "lora_B" in n}
+    assert len(found) == len(adapter.modules)
+    for path in adapter.modules:
+        name = path.removeprefix("language_model.")
+        b = found[f"base_model.model.{name}.lora_B.default.weight"].detach().numpy()
+        assert np.allclose(b, 1.7 * np.array(adapter.tensors[f"{path}.lora_b"]).T, atol=1e-7)
+    read = read_adapter(tmp_path / "peft")
+    assert equal(read.tensors, dict(adapter.tensors))
+    assert replace(read, tensors={}, folder=None) == replace(adapter, tensors={})
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 0.5, 20.0, 2.7, 1 / 3, 1e-3, -3.0])

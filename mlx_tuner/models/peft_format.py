@@ -32,6 +32,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+_STEM = "language_model."
+"""Where MLX keeps the blocks of Qwen3.5. transformers' `AutoModelForCausalLM` has no such part."""
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 # Fields that change what the adapter computes, in ways that a scaled product of two factors is not.
@@ -81,6 +84,9 @@ def write_peft(directory: Path, adapter: Adapter) -> None:
 
 def _folded(adapter: Adapter) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Any] | None]:
     """The adapter with `lora_alpha = r`: its config, tensors and note."""
+    stem = _STEM if all(path.startswith(_STEM) for path in adapter.modules) else ""
+    short = {name.removeprefix(stem): tensor for name, tensor in adapter.tensors.items()}
+    adapter = replace(adapter, tensors=short)
     tensors: dict[str, mx.array] = {}
     steps: dict[str, str] = {}
     for path in adapter.modules:
@@ -91,6 +97,7 @@ def _folded(adapter: Adapter) -> tuple[dict[str, Any], dict[str, mx.array], dict
         tensors[_PREFIX + path + _A] = mx.contiguous(adapter.tensors[f"{path}.lora_a"].T)
         tensors[_PREFIX + path + _B] = mx.contiguous(folded.T)
     note = {
+        **({"stem": stem} if stem else {}),
         "scale": adapter.scale,
         "num_layers": adapter.num_layers,
         "revision": adapter.revision,
@@ -207,9 +214,10 @@ def _restored(folded: Adapter, note: Mapping[str, Any]) -> Adapter | None:
             tensors[name] = _unfold(tensors[name], scale, steps.get(path))
             if not _equal({name: _fold(tensors[name], scale)[0]}, folded.tensors, [name]):
                 return None
+        stem = _STEM if note.get("stem") == _STEM else ""
         return replace(
             folded,
-            tensors=tensors,
+            tensors={stem + name: tensor for name, tensor in tensors.items()},
             scale=scale,
             num_layers=whole_number(where, "num_layers", note["num_layers"], adapters.ALL_LAYERS),
             fingerprint=text(where, "fingerprint", note["fingerprint"]),
