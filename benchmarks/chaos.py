@@ -8,9 +8,12 @@ each time, or five conversions or mergers. The moments are drawn: after any step
 is being written, and while a resumed run starts. `survived` is the share of stops after which a run
 went on at the step after its newest checkpoint, which verified (SIGTERM: and ended with 143); or
 after which a conversion's folder was absent or complete. `same_result`: whether the adapter is bit
-for bit that of a run that nobody stopped. mlx-lm, stopped at moments drawn alike, goes on with
-`--resume-adapter-file` from its newest file for the iterations that are left, counted by hand. It
-runs uncompiled (compiling takes longer than the run on a CPU) and does not validate.
+for bit that of a run that nobody stopped. A stop while ours writes always costs the checkpoint that
+it was at, five steps; mlx-lm, which does not wait for the disk, has mostly written by then.
+
+mlx-lm is stopped at moments drawn alike and goes on with `--resume-adapter-file` from its newest
+file, for the iterations that are left, counted by hand. It runs uncompiled (compiling takes longer
+than the run on a CPU) and does not validate.
 """
 
 from __future__ import annotations

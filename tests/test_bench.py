@@ -522,6 +522,24 @@ def test_a_result_file_has_machine_date_command_spreads_and_ratios(
     ]
 
 
+def test_the_steps_that_both_trainers_tell_of_are_read(harness: ModuleType, tmp_path: Path) -> None:
+    chaos = importlib.import_module("chaos")
+    ours, theirs = chaos.Ours(tmp_path, 40), chaos.MlxLm(tmp_path, 40)
+    ours.log.write_text(
+        "step 0/40  epoch 0.00  val loss 4.3584  base model\n"
+        "step 1/40  epoch 0.08  loss 3.9987  grad norm 0.582\n"
+        "step 2/40  epoch 0.16  loss 4.4613  grad norm 0.665\n"
+    )
+    assert chaos.told(ours) == [1, 2]
+    theirs.offset = 5
+    theirs.log.write_text(
+        "  iter   train_loss     tok/s     tokens\n"
+        "  \x1b[38;5;244m   1\x1b[0m    \x1b[1;32m4.198 ▼\x1b[0m    \x1b[1m  652\x1b[0m\n"
+        "  save  0000005_adapters.safetensors\n"
+    )
+    assert chaos.told(theirs) == [6]
+
+
 def test_the_readme_has_every_result_with_where_it_comes_from(
     readme: ModuleType, harness: ModuleType, result: bench.Result
 ) -> None:
