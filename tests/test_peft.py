@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,14 +13,16 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
-from model_zoo import write_model
-from tiny_models import equal, make_adapter, make_model
+from model_zoo import CONFIGS
+from tiny_models import BUILTIN, TOKENIZER, equal, make_adapter, make_model
 
 from mlx_tuner.cli import main
+from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError
 from mlx_tuner.files import verify
 from mlx_tuner.models.adapter import Adapter, apply, read_adapter, write_adapter
 from mlx_tuner.models.peft_format import write_peft
+from mlx_tuner.progress import Display
 
 # PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -126,27 +129,6 @@ def test_modules_that_differ_between_blocks_are_listed_by_their_paths(
     loaded = peft.PeftModel.from_pretrained(torch_base, tmp_path)
     assert sorted(loaded.targeted_module_names) == sorted(adapter.modules)
     assert np.abs(torch_logits(torch, loaded) - logits_of(base, adapter)).max() < 1e-4
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["in_proj_qkv"]])
-def test_peft_finds_every_module_of_qwen_3_5(torch, peft, tmp_path, targets):
-    """Whose blocks MLX keeps under another name than transformers does."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    base = write_model(tmp_path / "base", "qwen3_5")
-    adapter = make_adapter(load_model(base)[0], base, targets=targets, scale=1.7)
-    write_peft(tmp_path / "peft", adapter)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
-    found = {n: p for n, p in loaded.named_parameters() if "lora_B" in n}
-    assert len(found) == len(adapter.modules)
-    for path in adapter.modules:
-        name = path.removeprefix("language_model.")
-        b = found[f"base_model.model.{name}.lora_B.default.weight"].detach().numpy()
-        assert np.allclose(b, 1.7 * np.array(adapter.tensors[f"{path}.lora_b"]).T, atol=1e-7)
-    read = read_adapter(tmp_path / "peft")
-    assert equal(read.tensors, dict(adapter.tensors))
-    assert replace(read, tensors={}, folder=None) == replace(adapter, tensors={})
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 0.5, 20.0, 2.7, 1 / 3, 1e-3, -3.0])
@@ -264,6 +246,58 @@ def test_importing_and_exporting_gives_pefts_files_bit_for_bit(
     assert equal(load("again"), load("peft"))
     config = lambda name: json.loads((tmp_path / name / "adapter_config.json").read_text())  # noqa: E731
     assert config("again") == config("peft")
+
+
+@pytest.fixture(scope="module")
+def qwen_3_5(torch, tmp_path_factory):
+    """A model of transformers' own, whose blocks MLX keeps in another place."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp("models") / "qwen3_5"
+    text = {**CONFIGS["qwen3_5"]["text_config"], "num_hidden_layers": 4}
+    del text["full_attention_interval"]  # four, as both have it without
+    eyes = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+    eyes |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_5", text_config=text, vision_config=eyes, tie_word_embeddings=True
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copyfile(BUILTIN / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["in_proj_qkv", "down_proj"]])
+def test_peft_gives_our_logits_of_qwen_3_5(torch, peft, qwen_3_5, tmp_path, targets):
+    from transformers import AutoModelForCausalLM
+
+    adapter = make_adapter(load_model(qwen_3_5)[0], qwen_3_5, targets=targets, scale=1.7)
+    write_peft(tmp_path, adapter)
+    theirs = AutoModelForCausalLM.from_pretrained(qwen_3_5, dtype=torch.float32)
+    plain = torch_logits(torch, theirs)
+    found = torch_logits(torch, peft.PeftModel.from_pretrained(theirs, tmp_path))
+    assert np.abs(found - logits_of(qwen_3_5, adapter)).max() < 1e-4
+    assert np.abs(found - plain).max() > 0.01
+    read = read_adapter(tmp_path)
+    assert equal(read.tensors, dict(adapter.tensors))
+    assert replace(read, tensors={}, folder=None) == replace(adapter, tensors={})
+
+
+@pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "AutoModelForImageTextToText"])
+def test_a_pefts_adapter_of_qwen_3_5_goes_onto_mlxs_model(torch, peft, qwen_3_5, tmp_path, loader):
+    import transformers
+
+    load = getattr(transformers, loader).from_pretrained
+    theirs = make_peft(
+        torch, peft, load(qwen_3_5, dtype=torch.float32), tmp_path / "peft",
+        target_modules=["q_proj", "o_proj", "in_proj_qkv"],
+    )  # fmt: skip
+    adapter = read_adapter(tmp_path / "peft")
+    assert np.abs(logits_of(qwen_3_5, adapter) - theirs).max() < 1e-4
+    with Display() as display:
+        fuse(tmp_path / "peft", tmp_path / "fused", display, model=str(qwen_3_5))
+    assert np.abs(np.array(load_model(tmp_path / "fused")[0](TOKENS)) - theirs).max() < 1e-4
 
 
 def test_an_imported_adapter_that_was_changed_is_exported_as_it_is_now(

@@ -25,7 +25,14 @@ from mlx_tuner.conversion.convert import (
 from mlx_tuner.conversion.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
-from mlx_tuner.models.adapter import Adapter, apply, check_base, read_adapter, resolve_base
+from mlx_tuner.models.adapter import (
+    Adapter,
+    apply,
+    check_base,
+    named_as_in,
+    read_adapter,
+    resolve_base,
+)
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import (
     CODE_KEYS,
@@ -145,7 +152,7 @@ class _Work:
     ) -> None:
         model = merge(base.folder, adapter)
         self._folder = base.folder
-        self._fused = {f"{path}.weight" for path in adapter.modules}
+        self._fused = {f"{path}.weight" for path in named_as_in(model, adapter).modules}
         self.in_form: Callable[[nn.Module], nn.Module] | None = None
         if bits is not None:
             config = {k: v for k, v in _dense_config(base.config).items() if k not in DROPPED}

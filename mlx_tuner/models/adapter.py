@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ ALL_LAYERS = -1
 
 _NOTE = "mlx_tuner"
 """Key of the safetensors metadata for what a format has no field for; other programs skip it."""
+
+_PLACES = (("", "language_model."), ("model.language_model.", "language_model.model."))
+"""Where transformers has the blocks of Qwen3.5, as text model or with its eyes, and where MLX."""
 
 _FLOATS = {"F32", "F16", "BF16"}
 _SAMPLES = 8
@@ -340,6 +343,7 @@ def apply(model: nn.Module, adapter: Adapter) -> None:
         ModelError: a module is not there, is no linear layer or has other dimensions; all of them.
     """
     where = str(adapter.folder or "adapter")
+    adapter = named_as_in(model, adapter)
     modules = dict(model.named_modules())
     faults, layers = [], []
     for path in adapter.modules:
@@ -366,6 +370,16 @@ def apply(model: nn.Module, adapter: Adapter) -> None:
         raise ModelError(*faults)
     model.freeze()
     model.update_modules(tree_unflatten(layers))
+
+
+def named_as_in(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter by the names of MLX's modules; of Qwen3.5, PEFT knows them by others."""
+    there = dict(model.named_modules())
+    for theirs, ours in (("", ""), *_PLACES):
+        tensors = {ours + n.removeprefix(theirs): t for n, t in adapter.tensors.items()}
+        if all(name.rpartition(".")[0] in there for name in tensors):
+            return replace(adapter, tensors=tensors)
+    return adapter
 
 
 # ---- the base ----------------------------------------------------------------------------------
