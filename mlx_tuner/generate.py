@@ -9,7 +9,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_tuner.errors import Fault, UsageError
+from mlx_tuner.errors import Fault, ModelError, UsageError
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.model import Loaded
@@ -49,10 +49,25 @@ def answer(
 
     Args:
         temperature: 0 takes the likeliest token each time.
+
+    Raises:
+        ModelError: the model has no chat template, or it refuses the messages.
     """
-    prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    prompt = _prompt(loaded, messages)
     sampler = make_sampler(temp=temperature)
     for response in mlx_lm.stream_generate(
         loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
     ):
         yield response.text
+
+
+def _prompt(loaded: Loaded, messages: list[Message]) -> list[int]:
+    if not loaded.tokenizer.has_chat_template:
+        what = "missing from the tokenizer; take an instruct model"
+        raise ModelError(Fault(str(loaded.path), "chat_template", what))
+    try:
+        return loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception as error:  # the template is the model's code, and may fail in any way
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"refuses these messages: {first_line}"
+        raise ModelError(Fault(str(loaded.path), "chat_template", what)) from None

@@ -193,6 +193,24 @@ def test_a_model_that_is_not_there_is_an_error(mlx_tune: Here, folder: Path) -> 
     assert lines[-1].startswith("mlx-tune: error: ./no-such-model: ")
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "missing from the tokenizer; take an instruct model"),
+        ("{{ raise_exception('no!') }}", "refuses these messages: no!"),
+    ],
+)
+def test_a_chat_template_that_cannot_ask_is_an_error(
+    mlx_tune: Here, folder: Path, root: Path, template: str | None, said: str
+) -> None:
+    model = Path(shutil.copytree(root / "mlx_tuner" / "builtin" / "tiny-qwen", folder / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    lines = mlx_tune.refused(1, "generate", model, "hello")
+    assert lines[-1] == f"mlx-tune: error: {model}: chat_template: {said}"
+
+
 # ---- what goes where ---------------------------------------------------------------------------
 
 
