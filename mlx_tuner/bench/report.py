@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,6 +15,7 @@ from mlx_tuner.bench.measure import Spread
 from mlx_tuner.bench.speed import Phases, Training
 from mlx_tuner.bench.sweep import Sweep
 from mlx_tuner.bench.workload import RANK, TARGET_MODULES, Workload
+from mlx_tuner.device import Machine
 from mlx_tuner.terminal import duration, plural, ram, rate
 
 MARKDOWN_COLUMNS = (
@@ -58,12 +59,7 @@ def report(result: Result | Sweep) -> RenderableType:
 
 
 def _bench(result: Result) -> list[RenderableType]:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
-    for name, text in _facts(result):
-        grid.add_row(name, text)
-    return [grid, _phases(result.phases)]
+    return [_grid(_facts(result)), _phases(result.phases)]
 
 
 def markdown_row(found: Mapping[str, Any]) -> str:
@@ -102,8 +98,16 @@ def _form(model: str, dtype: str, quantize: int | None) -> str:
     return f"{model}, {dtype}{f', {quantize} bit' if quantize else ''}"
 
 
-def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
-    machine, work, training = result.machine, result.workload, result.training
+def _grid(facts: Iterable[tuple[str, str | Text]]) -> RenderableType:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, text in facts:
+        grid.add_row(name, text)
+    return grid
+
+
+def _machine(machine: Machine) -> Iterator[tuple[str, str]]:
     cores = f", {machine.gpu_cores} GPU cores" if machine.gpu_cores else ""
     bandwidth = machine.bandwidth_gb_per_second
     speed = f", {bandwidth} GB/s" if bandwidth else ""
@@ -111,8 +115,13 @@ def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
     backend = f"{machine.backend} with OpenBLAS" if machine.openblas else machine.backend
     yield "", f"{machine.os}, mlx {machine.mlx} on {backend}, mlx-lm {machine.mlx_lm}"
     if machine.thermal_state or machine.low_power_mode is not None:
-        power = "on" if machine.low_power_mode else "off"
+        power = {True: "on", False: "off", None: "unknown"}[machine.low_power_mode]
         yield "", f"low power mode {power}, thermal pressure {machine.thermal_state or 'unknown'}"
+
+
+def _facts(result: Result) -> Iterator[tuple[str, str | Text]]:
+    work, training = result.workload, result.training
+    yield from _machine(result.machine)
     length = f"of {work.seq} tokens" if work.seq else "as long as CodeAlpaca's"
     form = _form(work.model, work.dtype, work.quantize)
     yield "work", f"{form}, LoRA of rank {RANK} on {' '.join(n[0] for n in TARGET_MODULES)}"
@@ -232,7 +241,7 @@ def _phases(phases: Phases) -> RenderableType:
 
 def _sweep(sweep: Sweep) -> list[RenderableType]:
     """Tables of tokens/s by rows a step and tokens a row, and the fastest setting as a recipe."""
-    parts: list[RenderableType] = []
+    parts = [_grid([*_machine(sweep.machine), ("work", f"{sweep.model}, training")])]
     for quantize in sweep.quantizations:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column(f"tokens/s, {f'{quantize} bit' if quantize else sweep.dtype}")
