@@ -188,8 +188,6 @@ def test_a_question_is_a_row_up_to_its_last_answer(tmp_path):
 
 def test_plain_text_asks_nothing_and_has_a_loss(base, adapted, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "One two three."}] * 3)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (base / name).exists()
     config = json.loads((base / "tokenizer_config.json").read_text())
     bare = make_model(tmp_path / "bare")
     config.pop("chat_template")
@@ -199,6 +197,10 @@ def test_plain_text_asks_nothing_and_has_a_loss(base, adapted, tmp_path):
         assert found.answers == 0
         assert found.tuned.stops is None
         assert found.tuned.loss > 0
+    chats = write_rows(tmp_path / "chats.jsonl", ROWS)
+    result = command(adapted, "--data", chats, "--model", bare)
+    assert result.exit_code == 1
+    assert "chat_template: missing from the tokenizer" in result.stderr
     result = command(adapted, "--data", rows, "--model", bare)
     assert result.exit_code == 0, result.output
     assert [line.split()[-2:] for line in result.stdout.splitlines() if "answers " in line][1:] == [
