@@ -58,6 +58,7 @@ class Side:
 
     @property
     def perplexity(self) -> float:
+        """exp of the loss, which past 700 no float holds."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def to_json(self) -> dict[str, float | None]:
