@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                 # Qwen2.5-0.5B shape, 8 rows a step
     python benchmarks/training.py --scaling       # ours alone, 8 and 128 rows a step
+    python benchmarks/training.py --targets       # ours alone, answers or every token learned
 
 Random weights of a real shape, the real tokenizer and CodeAlpaca rows from ../shared. mlx-lm is
 its trainer's own loss, batches and compiled step. Each trainer runs in a process of its own,
@@ -36,10 +37,13 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--compile", action="store_true", help="compile ours, as on a GPU")
     parser.add_argument("--scaling", action="store_true", help="ours at --rows and 16 times that")
+    parser.add_argument("--targets", action="store_true", help="ours, prompts masked and not")
+    parser.add_argument("--learn-prompts", action="store_true", help="every token is a target")
     args = parser.parse_args()
     if args.one:
         measure = ours if args.one == "ours" else mlx_lm
-        report(**measure(args, load_rows(args.rows * args.steps)))
+        rows = load_rows(args.rows * args.steps, mask_prompt=not args.learn_prompts)
+        report(**measure(args, rows))
         return
 
     keys = ("shape", "layers", "dtype", "rows", "steps", "micro_batch_tokens", "compile")
@@ -49,7 +53,7 @@ def main() -> None:
         flags = []
         for key, value in {**settings, **changes}.items():
             if value is True:
-                flags.append(f"--{key}")
+                flags.append(f"--{key.replace('_', '-')}")
             elif value:
                 flags += [f"--{key.replace('_', '-')}", str(value)]
         return child("--one", name, *flags)
@@ -62,16 +66,22 @@ def main() -> None:
             f"{rows} rows a step": variant("ours", rows=rows, steps=1, micro_batch_tokens=512),
         }
         baseline = f"{args.rows} rows a step"
+    elif args.targets:
+        variants = {
+            "every token a target": variant("ours", learn_prompts=True),
+            "answers": variant("ours"),
+        }
+        baseline = "answers"
     else:
         variants = {"ours": variant("ours"), "mlx-lm": variant("mlx-lm")}
         baseline = "mlx-lm"
     runs = interleave(variants, repeats=args.repeats, on_result=lambda *turn: print(*turn))
     print(table(runs, baseline=baseline))
-    name = args.name or ("training-scaling" if args.scaling else "training")
-    print(save(name, runs, baseline=baseline, settings=settings))
+    kind = "-scaling" if args.scaling else "-targets" if args.targets else ""
+    print(save(args.name or f"training{kind}", runs, baseline=baseline, settings=settings))
 
 
-def load_rows(count: int) -> list[Row]:
+def load_rows(count: int, *, mask_prompt: bool = True) -> list[Row]:
     """The first CodeAlpaca rows, tokenised and masked as a recipe would have them."""
     import tempfile
 
@@ -86,7 +96,7 @@ def load_rows(count: int) -> list[Row]:
         tokenizer = load_tokenizer(Path(folder))
     encoder = Encoder(
         tokenizer,
-        mask_prompt=True,
+        mask_prompt=mask_prompt,
         max_seq_length=2048,
         system_prompt=None,
         on_long_row="truncate",
@@ -138,7 +148,7 @@ def ours(args: Any, rows: list[Row]) -> dict[str, float]:
     processed = sum(len(m.tokens) for m in micro_batches) + sum(len(s.prefix) for s in steps)
     tokens, targets = sum(s.tokens for s in steps), sum(s.target_tokens for s in steps)
     saved = sum((step.rows - 1) * step.micro_batches[-1].prefix for step in steps)
-    updating = sum(result.seconds for result in results) - cutting(trainer, batches)
+    updating = sum(result.seconds - result.waited for result in results)
     return {
         "samples_per_second": len(rows) / seconds,
         "tokens_per_second": tokens / seconds,
@@ -146,7 +156,7 @@ def ours(args: Any, rows: list[Row]) -> dict[str, float]:
         "processed_per_token": processed / tokens,
         "processed_per_token_unshared": (processed + saved) / tokens,
         "head_positions_per_target": sum(len(m.sources) for m in micro_batches) / targets,
-        "outside_the_step": 1 - updating / seconds,
+        "outside_the_step": 1 - (updating - cutting(trainer, batches)) / seconds,
         "first_loss": first_loss,
     }
 

@@ -265,6 +265,22 @@ def test_training_stops_where_the_rows_or_the_rates_end():
     assert len(list(train(trainer, [rows] * 5, [0.0] * 2))) == 2
 
 
+def test_the_next_rows_are_taken_while_a_step_is_computed_and_none_after_the_last_rate():
+    taken = []
+
+    def batches():
+        for number in range(9):
+            taken.append(number)
+            yield random_rows([5], seed=number)
+
+    trainer = Trainer(MODEL, micro_batch_tokens=100)
+    seen = [
+        (result.waited <= result.seconds, len(taken))
+        for result in train(trainer, batches(), [0.0] * 3)
+    ]
+    assert seen == [(True, 2), (True, 3), (True, 3)]
+
+
 def test_only_sixteen_shapes_are_ever_compiled_for():
     rng = np.random.default_rng(0)
     table = ShapeTable()
@@ -304,6 +320,23 @@ def test_the_loss_is_the_same_for_any_chunk(monkeypatch):
         loss, ours = value_and_gradient()
         assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
         assert mx.allclose(ours, gradient, atol=1e-6)
+
+
+def test_four_times_the_targets_need_no_more_memory(monkeypatch):
+    vocabulary, size = 20_000, 8
+    head = nn.Embedding(vocabulary, size)
+    monkeypatch.setattr("mlx_tuner.engine.loss.CHUNK_BYTES", 64 * 4 * vocabulary)
+
+    def peak(count):
+        hidden, targets = mx.random.normal((count, size)), mx.zeros(count, mx.int32)
+        loss = lambda h: linear_cross_entropy(h, head, targets, mx.ones(count))  # noqa: E731
+        mx.eval(hidden, targets, head.parameters())
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.value_and_grad(loss)(hidden))
+        return mx.get_peak_memory() - before
+
+    assert peak(1024) < 1.05 * peak(256) < 4 * vocabulary * 1024 / 2
 
 
 def test_a_target_of_vanishing_probability_has_its_exact_loss():

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_tuner.engine.lanes import lanes
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """Bytes of fp32 logits in a chunk; a chunk has at least `MIN_CHUNK` targets."""
 
 MIN_CHUNK = 32
@@ -40,10 +40,11 @@ def linear_cross_entropy(
         gradients: list[mx.array] = []
         for start, chunk, lane in _chunks(hidden.shape[0], _vocabulary(head)):
             rows = slice(start, start + chunk)
-            # A lane's next chunk waits for its last one; else all their logits could be alive.
+            # A lane's next chunk waits for all of its last one; else all their logits are alive.
             h = hidden[rows]
             if len(gradients) >= len(lanes()):
-                h = mx.depends(h, gradients[-len(lanes())])
+                last = -len(lanes())
+                (h,) = mx.depends([h], [gradients[last], losses[last]])
             loss, gradient = _chunk_loss(h, head, targets[rows], weights[rows], lane)
             losses.append(loss)
             gradients.append(gradient)

@@ -50,7 +50,7 @@ def step_bytes(
         token_bytes: `activation_bytes` of a token.
     """
     adapter = 4 * 6 * trainable_parameters  # parameters, gradient, moments; old and new at once
-    return weights + adapter + micro_batch_tokens * token_bytes + 3 * CHUNK_BYTES
+    return weights + adapter + micro_batch_tokens * token_bytes + 5 * CHUNK_BYTES
 
 
 def auto_micro_batch_tokens(
