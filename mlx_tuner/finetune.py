@@ -210,7 +210,7 @@ class _Session:
                 "learning_rate": result.learning_rate,
                 "rows": result.rows,
                 "tokens": result.tokens,
-                "seconds": result.seconds + result.waited,
+                "seconds": result.seconds,
             }
             self.progress.meter.step(
                 **numbers, target_tokens=result.target_tokens, finite=result.finite

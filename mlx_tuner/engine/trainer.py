@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,9 +48,9 @@ class StepResult:
     finite: bool
     """False where the loss or gradient was not finite, and the update was left out."""
     seconds: float
-    """From the rows to the updated weights, waiting for rows not counted."""
+    """All that the step took; what was done between two results is not in it."""
     waited: float
-    """Seconds spent waiting for the rows."""
+    """Of them, spent waiting for rows: the first step's, and the next one's while it computed."""
 
 
 class Trainer:
@@ -240,18 +241,24 @@ def train(
 ) -> Iterator[StepResult]:
     """One optimizer step for each batch of rows, its result after it is done.
 
-    Between two results the trainer's state is that of a finished step: save, evaluate, stop.
+    Between two results the trainer's state is that of a finished step: save, evaluate, stop. The
+    rows of one more step are taken then already.
     """
-    batches = iter(batches)
-    for number, learning_rate in enumerate(learning_rates, first_step):
-        asked = time.perf_counter()
-        rows = next(batches, None)
-        if rows is None:
+    clock = _Clock()
+    ahead = (
+        (learning_rate, trainer.cut(rows))
+        for learning_rate, rows in zip(learning_rates, clock.waiting_for(batches), strict=False)
+    )
+    upcoming = next(ahead, None)
+    for number in count(first_step):
+        if upcoming is None:
             return
-        started = time.perf_counter()
-        step = trainer.cut(rows)
+        learning_rate, step = upcoming
         loss, norm, finite = trainer.step(step, number, learning_rate)
+        mx.async_eval(loss, norm, finite, trainer.state)
+        upcoming = next(ahead, None)  # cut while this step is computed
         mx.eval(loss, norm, finite, trainer.state)
+        seconds, waited = clock.lap()
         yield StepResult(
             loss=float(loss.item()),
             grad_norm=float(norm.item()),
@@ -260,6 +267,31 @@ def train(
             tokens=step.tokens,
             target_tokens=step.target_tokens,
             finite=bool(finite.item()),
-            seconds=time.perf_counter() - started,
-            waited=started - asked,
+            seconds=seconds,
+            waited=waited,
         )
+        clock.lap()  # what happens between two steps is neither's
+
+
+class _Clock:
+    """Seconds since the last lap, and how many of them went into waiting for rows."""
+
+    def __init__(self) -> None:
+        self._last, self._waited = time.perf_counter(), 0.0
+
+    def waiting_for(self, batches: Iterable[Sequence[Row]]) -> Iterator[Sequence[Row]]:
+        """The batches, with the time that each one takes to come."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            rows = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if rows is None:
+                return
+            yield rows
+
+    def lap(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        seconds, waited = now - self._last, self._waited
+        self._last, self._waited = now, 0.0
+        return seconds, waited
