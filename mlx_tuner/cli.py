@@ -73,6 +73,25 @@ _base_option = click.option(
     "--model", help="The base of an adapter. Default: the one that it names."
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_output_option = click.option(
+    "-o", "output", required=True, type=click.Path(path_type=Path), help="New folder."
+)
+_push_option = click.option(
+    "--push", metavar="OWNER/NAME", help="Upload what was made as a private Hub model."
+)
+
+
+def _quantize_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--quantize and --group-size, of every command that writes a model."""
+    bits = click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="Bits a weight.")
+    group_size = click.option(
+        "--group-size",
+        type=click.Choice(["32", "64", "128"]),
+        default="64",
+        show_default=True,
+        help="Weights that share a scale when quantised.",
+    )
+    return bits(group_size(command))
 
 
 @main.command()
@@ -285,15 +304,8 @@ def eval_(
 
 @main.command()
 @click.argument("model")
-@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="Bits a weight.")
-@click.option(
-    "--group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="64",
-    show_default=True,
-    help="Weights that share a scale when quantised.",
-)
+@_output_option
+@_quantize_options
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -306,7 +318,7 @@ def eval_(
     show_default=True,
     help="Compare the result's logits with the source's; refuse a broken one.",
 )
-@click.option("--push", metavar="OWNER/NAME", help="Upload the folder as a private Hub model.")
+@_push_option
 def convert(
     model: str,
     output: Path,
@@ -346,17 +358,10 @@ def convert(
 
 @main.command()
 @click.argument("run_or_adapter", type=click.Path(path_type=Path))
-@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@_output_option
 @_base_option
-@click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="Bits a weight.")
-@click.option(
-    "--group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="64",
-    show_default=True,
-    help="Weights that share a scale when quantised.",
-)
-@click.option("--push", metavar="OWNER/NAME", help="Upload the folder as a private Hub model.")
+@_quantize_options
+@_push_option
 def fuse(
     run_or_adapter: Path,
     output: Path,
@@ -406,7 +411,7 @@ def fuse(
     help="Of a GGUF file's matrices. Default: f16.",
 )
 @click.option("--model", help="The base, for gguf. Default: the one that the adapter names.")
-@click.option("--push", metavar="OWNER/NAME", help="Upload what was made as a private Hub model.")
+@_push_option
 def export(
     run_or_adapter: Path,
     form: str,
@@ -449,7 +454,7 @@ def export(
 
 @main.command("import")
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("-o", "output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@_output_option
 def import_(adapter: Path, output: Path) -> None:
     """ADAPTER, a PEFT folder, as one that mlx-lm and mlx-tune read."""
     from mlx_tuner.models.adapter import import_adapter
@@ -462,7 +467,7 @@ def import_(adapter: Path, output: Path) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_json_option
 def doctor(as_json: bool) -> None:
     """What this machine has, what is missing, what to do."""
     from mlx_tuner.doctor import examine
