@@ -207,6 +207,8 @@ def stop_training(
                 pass
         else:
             time.sleep(draw.uniform(0, pace))
+        if told(trainer)[-1] >= steps - 1:  # one that makes its last step ends, as it should
+            break
         since = time.time() - trainer.log.stat().st_mtime
         process.send_signal(sign)
         expected = 143 if sign == signal.SIGTERM else -sign
