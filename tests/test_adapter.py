@@ -9,7 +9,7 @@ import mlx_lm
 import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
-from tiny_models import equal, make_adapter, make_model
+from model_folders import equal, make_adapter, write_model
 
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import ModelError
@@ -20,7 +20,7 @@ TOKENS = mx.array([[5, 300, 17, 999, 2, 1024]])
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "base")
+    return write_model(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_mlx_lm_loads_a_written_adapter_and_gives_our_logits(base, model, tmp_pa
     plain = model(TOKENS)
     apply(model, adapter)
     ours = model(TOKENS)
-    assert mx.abs(ours - theirs(TOKENS)).max() < 1e-5
+    assert mx.abs(ours - theirs(TOKENS)).max() < 5e-5
     assert mx.abs(ours - plain).max() > 0.01
 
 
@@ -103,7 +103,7 @@ def test_an_adapter_that_mlx_lm_made_gives_mlx_lms_logits(base, model, tmp_path,
     assert len(adapter.modules) == 2 * (len(keys) if keys else 7)
     check_base(adapter, base)
     apply(model, adapter)
-    assert mx.abs(model(TOKENS) - theirs(TOKENS)).max() < 1e-5
+    assert mx.abs(model(TOKENS) - theirs(TOKENS)).max() < 5e-5
 
 
 def test_an_applied_adapter_is_all_that_trains(model, adapter):
@@ -192,19 +192,19 @@ def test_every_unusable_tensor_is_named_at_once(adapter, tmp_path):
 
     def spoil(tensors):
         del tensors[f"{path}.q_proj.lora_b"]
-        tensors[f"{path}.k_proj.lora_a"] = mx.zeros((32, 5))
-        tensors[f"{path}.v_proj.lora_a"] = mx.zeros((2, 32, 4))
-        tensors[f"{path}.o_proj.m"] = mx.zeros((32,))
-        tensors[f"{path}.o_proj.weight"] = mx.zeros((32, 32))
+        tensors[f"{path}.k_proj.lora_a"] = mx.zeros((64, 5))
+        tensors[f"{path}.v_proj.lora_a"] = mx.zeros((2, 64, 4))
+        tensors[f"{path}.o_proj.m"] = mx.zeros((64,))
+        tensors[f"{path}.o_proj.weight"] = mx.zeros((64, 64))
         tensors["model.embed_tokens.lora_a"] = mx.zeros((2048, 4))
-        tensors["model.layers.1.mlp.up_proj.lora_a"] = mx.zeros((32, 4), mx.int32)
+        tensors["model.layers.1.mlp.up_proj.lora_a"] = mx.zeros((64, 4), mx.int32)
         return tensors
 
     rewrite(tmp_path, spoil)
     faults = "\n".join(faults_of(read_adapter, tmp_path))
     for said in (
         "q_proj.lora_a: there is no model.layers.0.self_attn.q_proj.lora_b",
-        "k_proj.lora_a: shape (32, 5) does not go with (4, 16)",
+        "k_proj.lora_a: shape (64, 5) does not go with (4, 32)",
         "v_proj.lora_a: adapts stacked experts",
         "o_proj.m: the magnitude of a DoRA adapter",
         "o_proj.weight: not a factor",
@@ -218,7 +218,7 @@ def test_every_unusable_tensor_is_named_at_once(adapter, tmp_path):
 def test_tensors_that_are_not_finite_are_named(adapter, tmp_path, value):
     name = "model.layers.1.mlp.up_proj.lora_b"
     tensors = dict(adapter.tensors)
-    tensors[name] = mx.where(mx.arange(48) == 47, value, tensors[name])
+    tensors[name] = mx.where(mx.arange(128) == 127, value, tensors[name])
     write_adapter(tmp_path, replace(adapter, tensors=tensors))
     (fault,) = faults_of(read_adapter, tmp_path)
     assert f"{name}: holds NaN or infinity" in fault
@@ -244,14 +244,14 @@ def test_a_folder_without_an_adapter_says_what_was_looked_for(tmp_path):
 
 
 def test_an_adapter_for_other_modules_is_refused_with_all_that_differs(adapter, tmp_path):
-    narrow = load_model(make_model(tmp_path / "narrow", num_hidden_layers=2, intermediate_size=40))[
-        0
-    ]
+    narrow = load_model(
+        write_model(tmp_path / "narrow", num_hidden_layers=2, intermediate_size=40)
+    )[0]
     before = narrow(TOKENS)
     faults = faults_of(apply, narrow, adapter)
     assert len(faults) == 7 + 2 * 3
     assert any("layers.2.mlp.up_proj: the model has no such linear layer" in f for f in faults)
-    assert any("up_proj: from 32 to 48, but the model's is 32 to 40" in f for f in faults)
+    assert any("up_proj: from 64 to 128, but the model's is 64 to 40" in f for f in faults)
     assert mx.array_equal(narrow(TOKENS), before)
 
 
@@ -269,7 +269,7 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(base, tmp_path
 
 
 def test_another_base_is_refused_naming_both(adapter, tmp_path):
-    other = make_model(tmp_path / "other", seed=1)
+    other = write_model(tmp_path / "other", seed=1)
     (fault,) = faults_of(check_base, adapter, other)
     assert adapter.base in fault
     assert str(other) in fault

@@ -9,8 +9,7 @@ import mlx_lm
 import pytest
 from click.testing import CliRunner
 from mlx_lm.utils import load_model
-from model_zoo import write_model
-from tiny_models import BUILTIN, loss_by_mlx_lm, make_adapter, make_model
+from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter, write_model
 
 from mlx_tuner import evaluate as evaluating
 from mlx_tuner.cli import main
@@ -53,7 +52,7 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "base")
+    return write_model(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture
@@ -189,7 +188,7 @@ def test_a_question_is_a_row_up_to_its_last_answer(tmp_path):
 def test_plain_text_asks_nothing_and_has_a_loss(base, adapted, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "One two three."}] * 3)
     config = json.loads((base / "tokenizer_config.json").read_text())
-    bare = make_model(tmp_path / "bare")
+    bare = write_model(tmp_path / "bare")
     config.pop("chat_template")
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     for model in (base, bare):
@@ -328,7 +327,7 @@ def test_a_wrong_command_is_one_line(base, run, tmp_path):
 
     assert "no adapter" in said(1, tmp_path / "none")
     assert "nothing.jsonl: cannot be read" in said(1, run, "--data", tmp_path / "nothing.jsonl")
-    other = make_model(tmp_path / "other", seed=1)
+    other = write_model(tmp_path / "other", seed=1)
     assert "holds other weights" in said(1, run, "--model", other)
     (tmp_path / "valid.jsonl").unlink()
     assert "valid.jsonl: cannot be read" in said(1, run)

@@ -15,8 +15,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
-from model_zoo import CONFIGS, write_model
-from tiny_models import equal, make_adapter, make_model
+from model_folders import CONFIGS, equal, make_adapter, write_model
 
 from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
@@ -45,7 +44,7 @@ def display():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
-    return make_model(folder, **QUANTISABLE)
+    return write_model(folder, **QUANTISABLE)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_transformers_gives_the_logits_of_the_adapter_on_its_base(
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = make_model(tmp_path / "base", model_type, tie_word_embeddings=tied)
+    base = write_model(tmp_path / "base", model_type, tie_word_embeddings=tied)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
     made = fuse(tmp_path / "adapter", tmp_path / "fused", display)
     assert made.form == "float32"
@@ -134,7 +133,7 @@ def test_names_and_untouched_weights_are_the_bases_own(base, tmp_path, display):
 
 
 def test_the_bases_dtype_is_kept_and_rounding_costs_little(tmp_path, display):
-    base = make_model(tmp_path / "base", dtype=mx.bfloat16)
+    base = write_model(tmp_path / "base", dtype=mx.bfloat16)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
     made = fuse(tmp_path / "adapter", tmp_path / "fused", display)
     assert {value.dtype for value in weights_of(tmp_path / "fused").values()} == {mx.bfloat16}
@@ -320,7 +319,7 @@ def refusal(kind, *arguments, **options):
 
 
 def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
-    base = make_model(tmp_path / "base", dtype=mx.bfloat16)
+    base = write_model(tmp_path / "base", dtype=mx.bfloat16)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, scale=1e-3))
     said = refusal(ModelError, tmp_path / "adapter", tmp_path / "fused", display)
     assert "of what the fine-tune changes; nothing was written" in said
@@ -328,7 +327,7 @@ def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
 
 
 def test_a_fine_tune_that_quantising_erases_is_refused(base, tmp_path, display):
-    adapter = make_adapter(load_model(base)[0], base, targets=["q_proj"], scale=1e-4)
+    adapter = make_adapter(load_model(base)[0], base, targets=["q_proj"], scale=1e-5)
     write_adapter(tmp_path / "adapter", adapter)
     said = refusal(ModelError, tmp_path / "adapter", tmp_path / "fused", display, bits=4)
     assert "% of the fine-tune outlives the rounding; nothing was written" in said
@@ -345,14 +344,14 @@ def test_an_adapter_with_nan_is_refused(base, tmp_path, display):
 
 
 def test_weights_that_overflow_the_bases_dtype_are_refused(tmp_path, display):
-    base = make_model(tmp_path / "base", dtype=mx.float16)
+    base = write_model(tmp_path / "base", dtype=mx.float16)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, scale=1e8))
     said = refusal(ModelError, tmp_path / "adapter", tmp_path / "fused", display)
     assert "is not finite in mlx.core.float16 once the adapter is in it" in said
 
 
 def test_another_base_than_the_adapters_is_refused(base, adapted, tmp_path, display):
-    other = make_model(tmp_path / "other", **QUANTISABLE, seed=1)
+    other = write_model(tmp_path / "other", **QUANTISABLE, seed=1)
     said = refusal(ModelError, adapted, tmp_path / "fused", display, model=str(other))
     assert str(base) in said
     assert str(other) in said

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from tiny_models import BUILTIN, make_adapter, make_model
+from model_folders import BUILTIN, make_adapter, write_model
 
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import merge
@@ -33,7 +33,7 @@ def display():
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / request.param
     tied = request.param == "qwen3"
-    return make_model(folder, request.param, tie_word_embeddings=tied, intermediate_size=64)
+    return write_model(folder, request.param, tie_word_embeddings=tied, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_metadata_is_what_llama_cpp_asks_for(base, adapted, tmp_path, displa
         "general.file_type": 7,
         f"{architecture}.block_count": 3,
         f"{architecture}.context_length": 512,
-        f"{architecture}.embedding_length": 32,
+        f"{architecture}.embedding_length": 64,
         f"{architecture}.feed_forward_length": 64,
         f"{architecture}.attention.head_count": 4,
         f"{architecture}.attention.head_count_kv": 2,
@@ -118,7 +118,7 @@ def test_tokens_types_and_merges_are_the_tokenizers(base, adapted, tmp_path, dis
 
 
 def test_rows_of_the_embedding_without_a_token_are_named_as_padding(tmp_path, display):
-    base = make_model(tmp_path / "base", vocab_size=2080)
+    base = write_model(tmp_path / "base", vocab_size=2080)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
     fields = fields_of(export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display).path)
     assert fields["tokenizer.ggml.tokens"][-1] == "[PAD2079]"
@@ -138,7 +138,7 @@ def test_the_modelfile_writes_turns_as_the_models_template_does(adapted, tmp_pat
 
 
 def test_weights_of_a_shape_that_q8_0_has_no_blocks_for_are_halves(tmp_path, display):
-    base = make_model(tmp_path / "base", intermediate_size=48)
+    base = write_model(tmp_path / "base", intermediate_size=48)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
     made = export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display, dtype="q8_0")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.path).tensors}
@@ -160,7 +160,7 @@ def test_transformers_reads_the_same_model_out_of_it(tmp_path, display):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    base, adapted = make_model(tmp_path / "base"), tmp_path / "adapter"
+    base, adapted = write_model(tmp_path / "base"), tmp_path / "adapter"
     write_adapter(adapted, make_adapter(load_model(base)[0], base))
     export_gguf(adapted, tmp_path / "model.gguf", display, dtype="f32")
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -182,7 +182,7 @@ def test_llama_cpp_cuts_text_and_answers_as_we_do(tmp_path, display, name, dtype
     """With cyllama, a build of llama.cpp on PyPI."""
     llama = pytest.importorskip("cyllama.llama.llama_cpp")
     llama.disable_logging()
-    base = BUILTIN if name == "builtin" else make_model(tmp_path / "base", "qwen3", head_dim=32)
+    base = BUILTIN if name == "builtin" else write_model(tmp_path / "base", "qwen3", head_dim=32)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, size=0.03))
     path = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display, dtype=dtype).path
     theirs = llama.LlamaModel(path_model=str(path), params=llama.LlamaModelParams())
@@ -239,7 +239,7 @@ def test_what_is_there_already_is_never_written_to(adapted, tmp_path, display, n
 
 
 def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
-    base = make_model(tmp_path / "base")
+    base = write_model(tmp_path / "base")
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, scale=1e-3))
     with pytest.raises(ModelError, match="of what the fine-tune changes"):
         export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display, dtype="bf16")
@@ -247,7 +247,7 @@ def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
 
 
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path, display):
-    base = make_model(tmp_path / "base", "qwen3")
+    base = write_model(tmp_path / "base", "qwen3")
     text = (base / "tokenizer.json").read_text()
     (base / "tokenizer.json").write_text(text.replace(r"|\\p{N}|", r"|\\p{N}{1,3}|"))
     settings = json.loads((base / "tokenizer_config.json").read_text())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx_lm import lora
-from tiny_models import BUILTIN, loss_by_mlx_lm
+from model_folders import BUILTIN, loss_by_mlx_lm
 
 from mlx_tuner.cli import main
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm import utils as mlx_lm_utils
-from model_zoo import BUILTIN, CONFIGS, write_model
+from model_folders import BUILTIN, CONFIGS, write_model
 
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.model_files import INDEX, check_model_folder

@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
-from model_zoo import CONFIGS
-from tiny_models import BUILTIN, TOKENIZER, equal, make_adapter, make_model
+from model_folders import BUILTIN, CONFIGS, TOKENIZER, equal, make_adapter, write_model
 
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import fuse
@@ -34,7 +33,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "base")
+    return write_model(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx_lm.utils import load_model
-from tiny_models import BUILTIN, loss_by_mlx_lm, make_adapter
+from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter
 
 from mlx_tuner.cli import main
 from mlx_tuner.models.adapter import write_adapter
