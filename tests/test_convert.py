@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from fake_hub import COMMIT, FakeHub, Repository
 from hypothesis import given
 from hypothesis import strategies as st
+from killed import kill
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.convert import convert as mlx_lm_convert
 from model_folders import BUILTIN, CONFIGS, write_model
@@ -367,65 +368,12 @@ def test_a_wrong_command_line_is_one_line_and_changes_nothing(
 
 # ---- slow: other processes ---------------------------------------------------------------------
 
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-from mlx_tuner import files
-from mlx_tuner.conversion.convert import convert
-from mlx_tuner.progress import Display
-
-source, output, seed, moments = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-
-def child():
-    # Nothing was computed before the fork, so MLX starts its threads here.
-    process = os.fork()
-    if process == 0:
-        try:
-            with Display() as display:
-                convert(source, output, display, dtype="float16")
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    return process
-
-start = time.monotonic()
-assert os.waitpid(child(), 0)[1] == 0
-whole = time.monotonic() - start
-reference = {p.name: p.read_bytes() for p in output.iterdir()}
-files.remove(output)
-outcomes = {"absent": 0, "complete": 0}
-draw = random.Random(seed)
-for moment in range(moments):
-    process = child()
-    time.sleep(draw.uniform(0, 1.2 * whole))
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    if output.exists():
-        assert files.verify(output) == []
-        assert {p.name: p.read_bytes() for p in output.iterdir()} == reference
-        outcomes["complete"] += 1
-        files.remove(output)
-    else:
-        outcomes["absent"] += 1
-print(outcomes)
-"""
-
 
 @pytest.mark.slow
 def test_a_conversion_killed_at_any_moment_leaves_all_or_nothing(source, tmp_path):
     before = snapshot(source)
-    (tmp_path / "work").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, source, tmp_path / "work" / "out", "7", "50"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = eval(done.stdout)
-    assert sum(outcomes.values()) == 50
-    assert outcomes["absent"] > 5
+    absent = kill("convert", str(source), "--dtype", "float16", output=tmp_path / "work" / "out")
+    assert 5 < absent <= 50
     assert snapshot(source) == before
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,6 +10,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from killed import kill
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
@@ -426,52 +425,6 @@ def test_a_push_uploads_the_folder_once_it_is_complete(adapted, tmp_path, monkey
 
 # ---- slow: killed --------------------------------------------------------------------------------
 
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-from mlx_tuner import files
-from mlx_tuner.conversion.fuse import fuse
-from mlx_tuner.models.model_files import check_model_folder
-from mlx_tuner.progress import Display
-
-from mlx_tuner.models.model import load_tokenizer
-
-source, output, base, moments = *map(Path, sys.argv[1:4]), int(sys.argv[4])
-load_tokenizer(base)  # imports what every child would import again
-
-def child():
-    # Nothing was computed before the fork, so MLX starts its threads here.
-    process = os.fork()
-    if process == 0:
-        try:
-            with Display() as display:
-                fuse(source, output, display)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    return process
-
-start = time.monotonic()
-assert os.waitpid(child(), 0)[1] == 0
-whole = time.monotonic() - start
-reference = {p.name: p.read_bytes() for p in output.iterdir()}
-files.remove(output)
-draw = random.Random(7)
-absent = 0
-for _ in range(moments):
-    process = child()
-    time.sleep(draw.uniform(0, 1.2 * whole))
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    if output.exists():
-        assert {p.name: p.read_bytes() for p in output.iterdir()} == reference
-        files.remove(output)
-    else:
-        absent += 1
-print(absent)
-"""
-
 
 @pytest.mark.slow
 def test_a_fusion_killed_at_any_moment_leaves_all_or_nothing(base, adapted, tmp_path):
@@ -481,13 +434,5 @@ def test_a_fusion_killed_at_any_moment_leaves_all_or_nothing(base, adapted, tmp_
         }
 
     before = snapshot(base), snapshot(adapted)
-    (tmp_path / "work").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, adapted, tmp_path / "work" / "fused", base, "50"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert 5 < int(done.stdout) <= 50
+    assert 5 < kill("fuse", str(adapted), output=tmp_path / "work" / "fused") <= 50
     assert (snapshot(base), snapshot(adapted)) == before
