@@ -34,6 +34,8 @@ SCHEMA_VERSION = 1
 CELL_SECONDS, QUICK_CELL_SECONDS = 20.0, 5.0
 """A setting whose step is expected to take longer is left out."""
 
+_NOT_QUANTISED = "quantised weights left out: on the CPU backend they are a hundred times slower"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -129,15 +131,17 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
                         cells.append(_measure_cell(model, subject, setting, gemm))
                         advance(1)
         dtype = models.dtype_of(model)
+    machine = device.facts()
+    left_out = () if assembly.on_gpu() else (_NOT_QUANTISED,)
     return Sweep(
-        machine=device.facts(),
+        machine=machine,
         model=name,
         dtype=str(dtype).removeprefix("mlx.core."),
         quantizations=quantizations,
         batch_sizes=batch_sizes,
         seqs=seqs,
         cells=tuple(cells),
-        notes=device.facts().notes,
+        notes=(*machine.notes, *left_out),
         command=command,
     )
 
@@ -146,7 +150,6 @@ def _quantizations(name: str, settings: Settings) -> tuple[int | None, ...]:
     if settings.quantize:
         return (settings.quantize,)
     is_quantised = "quantization" in find(name)[0]
-    # On the CPU backend quantised products are a hundred times slower than fp32 ones.
     if is_quantised or settings.quick or not assembly.on_gpu():
         return (None,)
     return (None, 4, 8)
