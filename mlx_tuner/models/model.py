@@ -15,6 +15,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models import chat_template
 
 BUILTIN = "builtin:"
 
@@ -77,10 +78,16 @@ def load(folder: Path) -> Loaded:
 
 
 def load_tokenizer(folder: Path) -> TokenizerWrapper:
-    """The folder's tokenizer with its chat template and every end-of-sequence id."""
+    """The folder's tokenizer with its chat template and every end-of-sequence id.
+
+    Raises:
+        ModelError: the template does not come to an end.
+    """
     eos = mlx_lm_utils.load_config(folder).get("eos_token_id")
     settings = {"trust_remote_code": False}
-    return mlx_lm_utils.load_tokenizer(folder, settings, eos_token_ids=eos)
+    tokenizer = mlx_lm_utils.load_tokenizer(folder, settings, eos_token_ids=eos)
+    chat_template.require_end(tokenizer, folder)
+    return tokenizer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
