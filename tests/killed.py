@@ -28,7 +28,13 @@ def kill(*arguments: str, output: Path) -> int:
 
 
 def child(output: Path, arguments: list[str]) -> int:
-    """Nothing was computed before the fork, so MLX starts its threads in the child."""
+    """The command's process. On Linux forked: nothing was computed before, so MLX starts here.
+
+    macOS lets no forked child use Metal.
+    """
+    if sys.platform == "darwin":
+        command = [sys.executable, "-m", "mlx_tuner", *arguments, "-o", str(output)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL).pid
     process = os.fork()
     if process == 0:
         status = 1
