@@ -20,9 +20,9 @@ def activation_bytes(
     """Bytes that one flat token keeps for the backward pass, in all blocks together.
 
     A block keeps its input and the normed inputs of attention and MLP, queries, keys and values
-    flat, in slots and rotated, attention's probabilities over ``row_tokens`` keys, and the gate,
-    its sigmoid and the other branch of the MLP. With checkpointing it keeps its input alone, and
-    one block at a time is whole.
+    flat, in slots and rotated, attention's probabilities over ``row_tokens`` keys, and both
+    branches of the MLP, in fp32 also the gate's sigmoid (`forward.swiglu`). With checkpointing it
+    keeps its input alone, and one block at a time is whole.
     """
     text = config.get("text_config", config)
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
@@ -33,7 +33,7 @@ def activation_bytes(
         inner = experts * text["moe_intermediate_size"]
         inner += text.get("shared_expert_intermediate_size", 0)
     attention = 4 * (heads * size + keys_values) + heads * row_tokens
-    block = 6 * hidden + attention + 3 * inner
+    block = 6 * hidden + attention + (3 if itemsize == 4 else 2) * inner
     blocks = text["num_hidden_layers"]
     kept = blocks * hidden + block if checkpointing else blocks * block
     return itemsize * kept
