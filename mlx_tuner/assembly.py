@@ -12,15 +12,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_tuner import cache, device, schedule
-from mlx_tuner.data.dataset import Dataset, open_dataset, split
+from mlx_tuner.data.dataset import Dataset, Example, open_dataset, split
 from mlx_tuner.data.order import Permutation
 from mlx_tuner.engine import lora, memory
+from mlx_tuner.engine.batching import Row
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.model import dtype_of
 from mlx_tuner.recipe import DataTable, Recipe
 
 HUB = "hub:"
+
+EVALUATION_ROWS = 64
+"""Validation rows that are read and cut into micro-batches at once."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,23 @@ def attach_adapter(model: nn.Module, recipe: Recipe) -> None:
     adapter.apply(model, start)
     for layer in lora.adapted_modules(model).values():
         layer.dropout = table.dropout
+
+
+def to_rows(examples: list[Example]) -> list[Row]:
+    """Examples as the trainer takes them."""
+    return [Row(example.tokens, example.loss_mask) for example in examples]
+
+
+def in_order(dataset: Dataset) -> Iterator[list[Row]]:
+    """All rows of a dataset, some at a time."""
+    for first in range(0, len(dataset), EVALUATION_ROWS):
+        last = min(first + EVALUATION_ROWS, len(dataset))
+        yield to_rows(dataset.examples(range(first, last)))
+
+
+def longest_row(recipe: Recipe, rows: Dataset) -> int:
+    """Tokens of the longest row at most, from its bytes: no row is encoded for it."""
+    return min(recipe.data.max_seq_length, int(rows.byte_lengths.max()))
 
 
 def micro_batch_tokens(recipe: Recipe, model: nn.Module, config: Any, longest_row: int) -> int:

@@ -18,6 +18,11 @@ class Fault:
         return ": ".join(part for part in (self.where, self.field, self.what) if part)
 
 
+def first_line(error: Exception) -> str:
+    """What somebody else's exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class TunerError(Exception):
     """Faults that the command line reports, up to 20 at once, without a traceback."""
 

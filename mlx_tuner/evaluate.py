@@ -27,7 +27,6 @@ from mlx_tuner.data.encode import END, HEADER, START
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, TunerError, UsageError
-from mlx_tuner.finetune import in_order
 from mlx_tuner.inspect_data import recipe_for
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
@@ -148,7 +147,7 @@ def evaluate(
     with display.task("loading the model"):
         loaded = models.load(folder)
         adapter.apply(loaded.model, trained)
-    longest = min(recipe.data.max_seq_length, int(rows.byte_lengths.max()))
+    longest = assembly.longest_row(recipe, rows)
     micro = assembly.micro_batch_tokens(recipe, loaded.model, loaded.config, longest)
     trainer = Trainer(loaded.model, micro_batch_tokens=micro)
     asked = questions(tokenizer, rows.examples(range(min(samples, len(rows)))))
@@ -220,7 +219,7 @@ def _loss(trainer: Trainer, rows: Dataset, advance: Any) -> tuple[int, float]:
 
     def counted() -> Iterator[list[Any]]:
         nonlocal targets
-        for batch in in_order(rows):
+        for batch in assembly.in_order(rows):
             targets += sum(int(row.loss_mask.sum()) for row in batch)
             yield batch
             advance(len(batch))

@@ -41,9 +41,6 @@ OPTIMIZER = "optimizer.safetensors"
 NONFINITE_LIMIT = 3
 """Steps in a row without a finite loss and gradient that end a run."""
 
-EVALUATION_ROWS = 64
-"""Validation rows that are read and cut into micro-batches at once."""
-
 
 @dataclass
 class Progress:
@@ -102,7 +99,7 @@ def finetune(
         loaded = models.load(folder)
         assembly.attach_adapter(loaded.model, recipe)
 
-    longest = min(recipe.data.max_seq_length, int(data.train.byte_lengths.max()))
+    longest = assembly.longest_row(recipe, data.train)
     trainer = Trainer(
         loaded.model,
         micro_batch_tokens=assembly.micro_batch_tokens(
@@ -199,7 +196,7 @@ class _Session:
         def batches() -> Iterator[list[Row]]:
             for examples in prefetch(self.data.train, order):
                 self._examples.append(examples)
-                yield to_rows(examples)
+                yield assembly.to_rows(examples)
 
         rates = self.learning_rates[first:]
         for result in train(self.trainer, batches(), rates, first_step=first):
@@ -236,7 +233,7 @@ class _Session:
         if self.data.valid is None:
             return
         with self.display.task("evaluating"):
-            loss = self.trainer.evaluate(in_order(self.data.valid))
+            loss = self.trainer.evaluate(assembly.in_order(self.data.valid))
         progress, record = self.progress, EvalRecord(self.progress.step, self._epoch, loss)
         lowest = math.inf if progress.best_val_loss is None else progress.best_val_loss
         best = progress.step > 0 and loss < lowest
@@ -326,22 +323,10 @@ class _Session:
         return summary
 
 
-def to_rows(examples: list[Example]) -> list[Row]:
-    """Examples as the trainer takes them."""
-    return [Row(example.tokens, example.loss_mask) for example in examples]
-
-
-def in_order(dataset: Dataset) -> Iterator[list[Row]]:
-    """All rows of a dataset, some at a time."""
-    for first in range(0, len(dataset), EVALUATION_ROWS):
-        last = min(first + EVALUATION_ROWS, len(dataset))
-        yield to_rows(dataset.examples(range(first, last)))
-
-
 def rehearse(trainer: Trainer, dataset: Dataset, batch_size: int) -> None:
     """Run the largest micro-batch that the data can give once, so that memory fails here."""
     longest = dataset.byte_lengths.argsort()[::-1][:batch_size]
-    trainer.rehearse(to_rows(dataset.examples(longest.tolist())))
+    trainer.rehearse(assembly.to_rows(dataset.examples(longest.tolist())))
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_tuner.errors import Fault, ModelError, UsageError
+from mlx_tuner.errors import Fault, ModelError, UsageError, first_line
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.model import Loaded
@@ -68,6 +68,5 @@ def _prompt(loaded: Loaded, messages: list[Message]) -> list[int]:
     try:
         return loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except Exception as error:  # the template is the model's code, and may fail in any way
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        what = f"refuses these messages: {first_line}"
+        what = f"refuses these messages: {first_line(error)}"
         raise ModelError(Fault(str(loaded.path), "chat_template", what)) from None

@@ -25,7 +25,7 @@ from huggingface_hub import (
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-from mlx_tuner.errors import DataError, Fault, ModelError, TunerError
+from mlx_tuner.errors import DataError, Fault, ModelError, TunerError, first_line
 
 _MODEL_FILES = ("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
 _ROW_FILES = (".jsonl", ".json", ".jsonl.gz")
@@ -213,8 +213,7 @@ def _named(name: str, revision: str | None, kind: type[TunerError]) -> Iterator[
     except HTTPError as error:
         what = f"the Hub is out of reach ({type(error).__name__}); check the network"
     except (OSError, RuntimeError, ValueError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = f"download failed: {first_line}; try again"
+        what = f"download failed: {first_line(error)}; try again"
     raise kind(Fault(_where(name, revision), "", what))
 
 

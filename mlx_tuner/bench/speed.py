@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.generate import generate_step
 
-from mlx_tuner import files
+from mlx_tuner import assembly, files
 from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
 from mlx_tuner.bench.peer import MlxLmTrainer
@@ -162,7 +162,7 @@ def steps_of_a_run(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Iterat
     Yields before and after each log line.
     """
     given = Given(batches)
-    rows = ([Row(e.tokens, e.loss_mask) for e in step] for step in prefetch(given, given.steps))
+    rows = map(assembly.to_rows, prefetch(given, given.steps))
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "metrics.jsonl"

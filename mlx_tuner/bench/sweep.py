@@ -115,7 +115,7 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
     """
     with device.limits():
         name = choose(replace(settings, quick=True), gemm_tflops(settings.quantize)).name
-        quantizations = _quantizations(name, settings)
+        quantizations, left_out = _quantizations(name, settings)
         batch_sizes, seqs = _grid(settings.quick)
         cells: list[Cell] = []
         total = len(quantizations) * len(batch_sizes) * len(seqs)
@@ -132,7 +132,6 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
                         advance(1)
         dtype = models.dtype_of(model)
     machine = device.facts()
-    left_out = () if assembly.on_gpu() else (_NOT_QUANTISED,)
     return Sweep(
         machine=machine,
         model=name,
@@ -146,13 +145,15 @@ def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
     )
 
 
-def _quantizations(name: str, settings: Settings) -> tuple[int | None, ...]:
+def _quantizations(name: str, settings: Settings) -> tuple[tuple[int | None, ...], tuple[str, ...]]:
+    """What to try, and a note on what the backend is too slow for."""
     if settings.quantize:
-        return (settings.quantize,)
-    is_quantised = "quantization" in find(name)[0]
-    if is_quantised or settings.quick or not assembly.on_gpu():
-        return (None,)
-    return (None, 4, 8)
+        return (settings.quantize,), ()
+    if "quantization" in find(name)[0]:
+        return (None,), ()
+    if not assembly.on_gpu():
+        return (None,), (_NOT_QUANTISED,)
+    return ((None,) if settings.quick else (None, 4, 8)), ()
 
 
 def _grid(quick: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

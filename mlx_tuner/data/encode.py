@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_tuner.data.rows import Row
-from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.errors import Fault, ModelError, first_line
 
 LongRowPolicy = Literal["truncate", "skip", "error"]
 
@@ -248,7 +248,7 @@ class Encoder:
             (rendered,) = self._render([chat])
             expected = self._tokenizer.apply_chat_template([chat], return_dict=False)[0]
         except Exception as error:
-            return f"cannot render a plain conversation: {_first_line(error)}"
+            return f"cannot render a plain conversation: {first_line(error)}"
         answer = rendered.rpartition(START)[2]
         if not (answer.startswith(HEADER) and END in answer):
             return "not ChatML (<|im_start|>assistant … <|im_end|>), which is all that is supported"
@@ -425,8 +425,4 @@ def _hide(tokens: re.Pattern[str], value: Any) -> tuple[Any, int, Callable[[str]
 
 
 def _refusal(error: Exception) -> str:
-    return f"the model's chat template refuses it: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the model's chat template refuses it: {first_line(error)}"
