@@ -35,9 +35,9 @@ from statistics import mean
 from harness import ROOT, Measures, interleave, options, save, table
 from safetensors.numpy import load_file
 
-from mlx_tuner import device, files
 from mlx_tuner.models.model import resolve
 from mlx_tuner.runs.run import newest_checkpoint
+from mlx_tuner.system import device, files
 
 BUILTIN = "builtin:tiny-qwen"
 SAVE_EVERY, STOPS_A_TURN = 5, 5

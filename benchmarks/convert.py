@@ -71,7 +71,7 @@ def measure(variant: str, model: Path, bits: int | None) -> dict[str, float]:
             convert_with_mlx_lm(str(model), str(output), quantize=bits is not None, q_bits=bits)
         else:
             from mlx_tuner.conversion.convert import convert
-            from mlx_tuner.progress import Display
+            from mlx_tuner.show.progress import Display
 
             start = time.perf_counter()
             with Display() as display:

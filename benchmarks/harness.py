@@ -29,8 +29,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mlx_tuner import device
 from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
+from mlx_tuner.system import device
 
 __all__ = [
     "Measures",
@@ -137,7 +137,7 @@ def save(
     """Write `benchmarks/results/NAME.json`, and README.md anew; arguments as in `result`."""
     import readme
 
-    from mlx_tuner import files
+    from mlx_tuner.system import files
 
     path = RESULTS / f"{name}.json"
     files.write_json(path, result(name, runs, baseline=baseline, settings=settings))

@@ -11,9 +11,9 @@ from typing import Any
 
 import harness
 
-from mlx_tuner import files
 from mlx_tuner.bench.report import markdown_row, markdown_table
-from mlx_tuner.terminal import ram
+from mlx_tuner.system import files
+from mlx_tuner.words import ram
 
 INTRODUCTION = """\
 # Benchmarks

@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tuner import cache, device, schedule
 from mlx_tuner.data.dataset import Dataset, Example, open_dataset, split
 from mlx_tuner.data.order import Permutation
 from mlx_tuner.engine import lora, memory
@@ -19,7 +18,9 @@ from mlx_tuner.engine.batching import Row
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.model import dtype_of
-from mlx_tuner.recipe import DataTable, Recipe
+from mlx_tuner.recipe import schedule
+from mlx_tuner.recipe.tables import DataTable, Recipe
+from mlx_tuner.system import cache, device
 
 HUB = "hub:"
 
@@ -72,7 +73,7 @@ def local_file(source: str) -> Path:
     """The file of a path, or of ``hub:OWNER/NAME[/FILE]``, downloaded where needed."""
     if not source.startswith(HUB):
         return Path(source)
-    from mlx_tuner import hub
+    from mlx_tuner.system import hub
 
     return hub.download_dataset_file(source.removeprefix(HUB))
 

@@ -14,11 +14,11 @@ import click
 
 from mlx_tuner import __version__
 from mlx_tuner.errors import Fault, RunStopped, TunerError, UsageError
-from mlx_tuner.terminal import console, safe
+from mlx_tuner.show.terminal import console, safe
 
 if TYPE_CHECKING:
     from mlx_tuner.conversion.gguf import DType
-    from mlx_tuner.recipe import Recipe
+    from mlx_tuner.recipe.tables import Recipe
 
 MAX_FAULTS_SHOWN = 20
 PEER = "mlx-lm"
@@ -111,7 +111,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Train what RECIPE says: adapter, metrics, plots and summary."""
-    from mlx_tuner.recipe import load_recipe
+    from mlx_tuner.recipe.tables import load_recipe
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; give one")
@@ -121,9 +121,9 @@ def run(
         return
     run_dir = run_dir or Path("adapters") / loaded.name
     from mlx_tuner.finetune import finetune
-    from mlx_tuner.progress import Display
-    from mlx_tuner.runs.report import report
     from mlx_tuner.runs.run import read_records
+    from mlx_tuner.show.progress import Display
+    from mlx_tuner.show.report import report
 
     with Display() as display:
         summary = finetune(loaded, run_dir, display, resume=resume, overwrite=overwrite)
@@ -138,13 +138,13 @@ def run(
 @_json_option
 def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """What a run of RECIPE would do and need; loads no weights."""
-    from mlx_tuner.recipe import load_recipe
+    from mlx_tuner.recipe.tables import load_recipe
 
     _plan(load_recipe(recipe, overrides), as_json)
 
 
 def _plan(recipe: Recipe, as_json: bool) -> None:
-    from mlx_tuner.plan import plan
+    from mlx_tuner.commands.plan import plan
 
     planned = plan(recipe)
     if as_json:
@@ -189,20 +189,20 @@ def data(
     as_json: bool,
 ) -> None:
     """Check and describe the rows of FILE as a recipe would see them."""
-    from mlx_tuner.inspect_data import inspect, recipe_for
-    from mlx_tuner.progress import Display
+    from mlx_tuner.commands.inspect_data import inspect, recipe_for
+    from mlx_tuner.show.progress import Display
 
     seen = recipe_for(file, recipe=recipe, model=model, valid=valid, overrides=overrides)
     with Display() as display:
         found = inspect(seen, display, show=show)
     if plot:
-        from mlx_tuner.plots import length_histogram
+        from mlx_tuner.show.plots import length_histogram
 
         length_histogram(plot, found.train.lengths.tolist(), found.max_seq_length)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
-        from mlx_tuner.data_report import report
+        from mlx_tuner.commands.data_report import report
 
         terminal = console(sys.stdout)
         terminal.print(report(found, colour=terminal.is_terminal))
@@ -235,8 +235,8 @@ def generate(
     model: str | None,
 ) -> None:
     """Answer PROMPT with a run or a model; without PROMPT, chat."""
-    from mlx_tuner.generate import answer, load
-    from mlx_tuner.progress import Display
+    from mlx_tuner.commands.generate import answer, load
+    from mlx_tuner.show.progress import Display
 
     with Display() as display, display.task("loading the model"):
         loaded = load(run_or_model, base=base, model=model)
@@ -289,8 +289,8 @@ def eval_(
     as_json: bool,
 ) -> None:
     """RUN, or any adapter, against its base on held-out rows."""
-    from mlx_tuner.evaluate import evaluate, report
-    from mlx_tuner.progress import Display
+    from mlx_tuner.commands.evaluate import evaluate, report
+    from mlx_tuner.show.progress import Display
 
     with Display() as display:
         found = evaluate(
@@ -330,9 +330,9 @@ def convert(
     push: str | None,
 ) -> None:
     """MODEL, a Hub name or a folder, as a new MLX folder."""
-    from mlx_tuner import hub
     from mlx_tuner.conversion.convert import convert as make
-    from mlx_tuner.progress import Display
+    from mlx_tuner.show.progress import Display
+    from mlx_tuner.system import hub
 
     if push:
         hub.check_token(push)
@@ -371,9 +371,9 @@ def fuse(
     push: str | None,
 ) -> None:
     """RUN_OR_ADAPTER merged into its base: a model of its own, in a new folder."""
-    from mlx_tuner import hub
     from mlx_tuner.conversion.fuse import fuse as make
-    from mlx_tuner.progress import Display
+    from mlx_tuner.show.progress import Display
+    from mlx_tuner.system import hub
 
     if push:
         hub.check_token(push)
@@ -421,7 +421,7 @@ def export(
     push: str | None,
 ) -> None:
     """RUN_OR_ADAPTER as a PEFT adapter, or fused as a GGUF file with a Modelfile beside it."""
-    from mlx_tuner import hub
+    from mlx_tuner.system import hub
 
     if form == "peft" and (dtype or model):
         raise UsageError("--dtype and --model are for --to gguf; leave them out")
@@ -435,7 +435,7 @@ def export(
         folder = output
     else:
         from mlx_tuner.conversion.gguf import export_gguf
-        from mlx_tuner.progress import Display
+        from mlx_tuner.show.progress import Display
 
         folder = output.absolute().parent
         if push and folder.is_dir() and any(folder.iterdir()):
@@ -470,7 +470,7 @@ def import_(adapter: Path, output: Path) -> None:
 @_json_option
 def doctor(as_json: bool) -> None:
     """What this machine has, what is missing, what to do."""
-    from mlx_tuner.doctor import examine
+    from mlx_tuner.commands.doctor import examine
 
     report = examine()
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report)
@@ -489,8 +489,8 @@ def doctor(as_json: bool) -> None:
 )
 def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
     """RUNS side by side, as a table and a plot."""
-    from mlx_tuner.plots import comparison as draw
-    from mlx_tuner.runs.compare import PLOT, compare
+    from mlx_tuner.commands.compare import PLOT, compare
+    from mlx_tuner.show.plots import comparison as draw
 
     comparison = compare(runs)
     plot = output / PLOT
@@ -542,7 +542,7 @@ def bench(
     from mlx_tuner.bench.bench import Result, bench, save
     from mlx_tuner.bench.sweep import Sweep, measure
     from mlx_tuner.bench.workload import Settings
-    from mlx_tuner.progress import Display
+    from mlx_tuner.show.progress import Display
 
     if sweep and (against or markdown):
         raise UsageError("--sweep excludes --against and --markdown; give one")

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner import assembly, device, files, interrupt, plots, schedule
+from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset, Example, shared_rows
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine.batching import Row
@@ -22,8 +22,8 @@ from mlx_tuner.errors import Fault, RecipeError, RunError, RunStopped
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter import Adapter
-from mlx_tuner.progress import Display
-from mlx_tuner.recipe import Recipe, load_recipe
+from mlx_tuner.recipe import schedule
+from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs.metrics import FINISHED, STOPPED, STOPPED_EARLY, EvalRecord, Meter, Summary
 from mlx_tuner.runs.run import (
     GRAD_NORM_PLOT,
@@ -34,7 +34,10 @@ from mlx_tuner.runs.run import (
     Run,
     read_records,
 )
-from mlx_tuner.terminal import plural
+from mlx_tuner.show import plots
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system import device, files, interrupt
+from mlx_tuner.words import plural
 
 OPTIMIZER = "optimizer.safetensors"
 

@@ -45,7 +45,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mlx_tuner import files
+from mlx_tuner.system import files
 
 SEED = 42
 BLOCK = 256  # tokens

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from mlx_tuner import files
 from mlx_tuner.cli import main
 from mlx_tuner.models.model import load_tokenizer, resolve
+from mlx_tuner.system import files
 
 MOMENTS = 50
 

@@ -20,17 +20,20 @@ MODULES = sorted(
     if not path.stem.startswith("__")
 )
 
-FLOW = {
-    "engine": {"engine", "errors"},
-    "data": {"data", "cache", "errors", "files", "terminal"},
-    "models": {"models", "engine", "errors", "files", "hub"},
-    "runs": {"runs", "errors", "files", "recipe", "terminal"},
+BELOW = {
+    "errors": set(),
+    "words": set(),
+    "system": {"errors", "words"},
+    "recipe": {"errors"},
+    "engine": {"errors"},
+    "data": {"errors", "system", "words"},
+    "models": {"engine", "errors", "system"},
+    "runs": {"errors", "recipe", "system", "words"},
+    "show": {"errors", "recipe", "runs", "system", "words"},
 }
-"""What each of these packages may import of ours."""
+"""What each of these rooms may import of ours, beside itself; those above import what they need."""
 
-ASSEMBLY = {
-    *("assembly", "bench", "cli", "conversion", "evaluate", "finetune", "inspect_data", "plan"),
-}
+ASSEMBLY = {"assembly", "bench", "cli", "commands", "conversion", "finetune"}
 """Commands, and what puts a run's parts together."""
 HEAVY = {"mlx", "mlx_lm", "transformers", "matplotlib", "huggingface_hub", "numpy", "torch"}
 
@@ -63,6 +66,10 @@ def package_of(module: str) -> str:
     return module.split(".")[0]
 
 
+def rooms(package: str) -> list[str]:
+    return [module for module in MODULES if package_of(module) == package]
+
+
 def packages_of(module: str) -> set[str]:
     return {name.split(".")[0] for name in imported(module)}
 
@@ -88,20 +95,20 @@ def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
             yield from own_nodes(child)
 
 
-def test_data_flows_one_way_between_the_packages() -> None:
+def test_data_flows_one_way_between_the_rooms() -> None:
     for module in MODULES:
-        package = package_of(module)
-        assert imports_of_ours(module) <= FLOW.get(package, imports_of_ours(module)), module
+        if (room := package_of(module)) in BELOW:
+            assert imports_of_ours(module) <= BELOW[room] | {room}, module
 
 
 def test_only_the_assembly_and_its_commands_know_a_recipe() -> None:
-    knowing = {module for module in MODULES if "recipe" in imports_of_ours(module)}
-    assert {package_of(module) for module in knowing - {"runs.compare"}} <= ASSEMBLY
+    knowing = {module for module in MODULES if "mlx_tuner.recipe.tables" in imported(module)}
+    assert {package_of(module) for module in knowing} <= ASSEMBLY
 
 
 def test_nothing_depends_on_the_command_line_nor_the_recipe_on_anything_heavy() -> None:
     assert all("cli" not in imports_of_ours(module) for module in MODULES)
-    for module in ("cli", "errors", "files", "peer_names", "recipe", "schedule", "toml_lines"):
+    for module in ("cli", "errors", "words", "system.files", *rooms("recipe")):
         top = {
             name.split(".")[0]
             for node in tree(module).body
@@ -117,8 +124,11 @@ def test_nothing_depends_on_the_command_line_nor_the_recipe_on_anything_heavy() 
 
 
 def test_each_outside_library_has_its_seam() -> None:
-    assert importers("matplotlib") == {"plots"}
-    assert importers("huggingface_hub") == {"hub", "doctor"}  # which asks where its cache is
+    assert importers("matplotlib") == {"show.plots"}
+    assert importers("huggingface_hub") == {
+        "system.hub",
+        "commands.doctor",
+    }  # which asks where its cache is
     assert importers("click") == {"cli"}
     assert importers("gguf") <= {"conversion.gguf"}
     assert importers("torch") == set()
@@ -161,7 +171,7 @@ WRITERS = {
 ALLOWED = {
     ("models.weights", "_write_shard"),  # fills a folder that its caller has from `files.staging`
     ("conversion.convert", "copy_companions"),  # the same
-    ("hub", "_fetched"),  # removes a damaged download from the Hub's own cache
+    ("system.hub", "_fetched"),  # removes a damaged download from the Hub's own cache
 }
 
 
@@ -194,7 +204,7 @@ def names_from_files(function: ast.AST) -> set[str]:
 def test_only_files_writes_or_hands_out_the_paths_that_are_written() -> None:
     writing = {
         (module, getattr(function, "name", ""))
-        for module in set(MODULES) - {"files"}
+        for module in set(MODULES) - {"system.files"}
         for _, call, function in calls(module)
         if writes(call)
         and not any(name in ast.unparse(call) for name in names_from_files(function))

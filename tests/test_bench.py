@@ -17,7 +17,6 @@ import pytest
 from click.testing import CliRunner
 from test_device import FakeMac
 
-from mlx_tuner import device
 from mlx_tuner.bench import bench, speed, sweep, synthetic, workload
 from mlx_tuner.bench import report as bench_report
 from mlx_tuner.bench.measure import Spread, interleave, ratio
@@ -26,8 +25,9 @@ from mlx_tuner.cli import main
 from mlx_tuner.engine import batching
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.models import model as models
-from mlx_tuner.progress import Display
-from mlx_tuner.terminal import console
+from mlx_tuner.show.progress import Display
+from mlx_tuner.show.terminal import console
+from mlx_tuner.system import device
 
 MICRO: dict[str, Any] = {
     "model_type": "qwen2",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mlx_tuner.runs.chart import Chart, Series
+from mlx_tuner.show.chart import Chart, Series
 
 
 def drawn(chart: Chart, width: int = 60) -> list[str]:

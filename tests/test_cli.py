@@ -266,7 +266,7 @@ def test_plan_needs_no_weights_and_counts_what_the_user_recorded(
 
 
 def test_generate_prints_the_answer_alone(mlx_tune: Here, finished: tuple[Path, Done]) -> None:
-    from mlx_tuner.generate import answer, load
+    from mlx_tuner.commands.generate import answer, load
 
     run, _ = finished
     done = mlx_tune("generate", run, PROMPT, "--max-tokens", 12)

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from run_records import summary_of, train_record, users_run, validated
 
 from mlx_tuner.cli import main
+from mlx_tuner.commands.compare import compare
 from mlx_tuner.errors import RunError
-from mlx_tuner.runs.compare import compare
 from mlx_tuner.runs.run import Run
 
 RECIPE = (

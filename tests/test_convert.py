@@ -20,14 +20,14 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.convert import convert as mlx_lm_convert
 from model_folders import BUILTIN, CONFIGS, write_model
 
-from mlx_tuner import files
 from mlx_tuner.cli import main
 from mlx_tuner.conversion import convert as convert_module
 from mlx_tuner.conversion.convert import PROMPT, compare_logits, convert
 from mlx_tuner.errors import ModelError, RunError, UsageError
 from mlx_tuner.models import weights
 from mlx_tuner.models.model_files import check_model_folder
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system import files
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -357,7 +357,7 @@ def test_a_wrong_command_line_is_one_line_and_changes_nothing(
     tmp_path, monkeypatch, arguments, code, said
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlx_tuner.hub.get_token", lambda: None)
+    monkeypatch.setattr("mlx_tuner.system.hub.get_token", lambda: None)
     (tmp_path / "something").write_text("")
     result = CliRunner().invoke(main, ["convert", *arguments])
     assert result.exit_code == code
@@ -428,7 +428,7 @@ def hook(event, arguments):
 
 from click.testing import CliRunner
 from mlx_tuner.cli import main
-import mlx_tuner.conversion.convert, mlx_tuner.hub, mlx_tuner.models.model
+import mlx_tuner.conversion.convert, mlx_tuner.system.hub, mlx_tuner.models.model
 sys.addaudithook(hook)
 result = CliRunner().invoke(main, ["convert", folder, "-o", sys.argv[2]])
 mlx_tuner.models.model.load(Path(folder))

@@ -22,7 +22,7 @@ from mlx_tuner.data.rows import parse_row
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.errors import DataError
 from mlx_tuner.models import model
-from mlx_tuner.schedule import rows_of_step, total_steps
+from mlx_tuner.recipe.schedule import rows_of_step, total_steps
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_tuner import device
+from mlx_tuner.system import device
 
 
 class FakeMac(device.Probe):

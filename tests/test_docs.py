@@ -12,7 +12,7 @@ import pytest
 import mlx_tuner
 from mlx_tuner.cli import main
 from mlx_tuner.data.rows import FIELDS, parse_row
-from mlx_tuner.recipe import TABLES, parse_recipe
+from mlx_tuner.recipe.tables import TABLES, parse_recipe
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "adapters/README.md"]
 RECIPES = ["quickstart", "first", "improved", "codealpaca"]

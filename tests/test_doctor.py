@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from test_device import FakeLinux, FakeMac
 
-from mlx_tuner import doctor
 from mlx_tuner.cli import main
+from mlx_tuner.commands import doctor
 
 OPENBLAS = "/usr/lib/x86_64-linux-gnu/libopenblas.so.0"
 MAPPED = "7f00-7f01 r--p 0000 00:00 12 /usr/lib/openblas-pthread/libopenblasp-r0.3.so\n"
@@ -80,7 +80,7 @@ def test_a_device_that_cannot_multiply_cannot_train(monkeypatch: pytest.MonkeyPa
     def fail(*args: object, **kwargs: object) -> float:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr("mlx_tuner.device.gemm_tflops", fail)
+    monkeypatch.setattr("mlx_tuner.system.device.gemm_tflops", fail)
     report = doctor.examine()
     assert not report.can_train
     assert "no kernel" in _find(report, "device").what
@@ -90,7 +90,7 @@ def test_without_mlx_nothing_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlx_tuner
 
     monkeypatch.delattr(mlx_tuner, "device", raising=False)
-    monkeypatch.setitem(sys.modules, "mlx_tuner.device", None)
+    monkeypatch.setitem(sys.modules, "mlx_tuner.system.device", None)
     report = doctor.examine()
     assert not report.can_train
     assert report.machine is None

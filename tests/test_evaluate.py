@@ -11,11 +11,9 @@ from click.testing import CliRunner
 from mlx_lm.utils import load_model
 from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter, write_model
 
-from mlx_tuner import evaluate as evaluating
 from mlx_tuner.cli import main
-from mlx_tuner.data.dataset import open_dataset
-from mlx_tuner.errors import DataError, UsageError
-from mlx_tuner.evaluate import (
+from mlx_tuner.commands import evaluate as evaluating
+from mlx_tuner.commands.evaluate import (
     Evaluation,
     Question,
     Side,
@@ -24,9 +22,11 @@ from mlx_tuner.evaluate import (
     is_python,
     questions,
 )
+from mlx_tuner.data.dataset import open_dataset
+from mlx_tuner.errors import DataError, UsageError
 from mlx_tuner.models.adapter import read_adapter, write_adapter
 from mlx_tuner.models.model import load_tokenizer
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
 
 ROWS = [
     {"prompt": f"What is {i} and {i}?", "completion": f"That is {2 * i}, {'of course' * (i % 3)}."}

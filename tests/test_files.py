@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner import files
 from mlx_tuner.errors import RunError, UsageError
+from mlx_tuner.system import files
 
 SYSTEM_CALLS = ("write", "fsync", "replace", "open", "mkdir")
 

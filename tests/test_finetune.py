@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 from mlx_tuner import finetune as finetuning
 from mlx_tuner.errors import RecipeError, RunError, UsageError
 from mlx_tuner.finetune import finetune
-from mlx_tuner.progress import Display
-from mlx_tuner.recipe import load_recipe, parse_recipe
+from mlx_tuner.recipe.tables import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
+from mlx_tuner.show.progress import Display
 
 RECIPE = """
 [model]
@@ -136,7 +136,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_adapter(finished, tmp_path):
 def test_mlx_lm_loads_the_adapter_and_generates_the_same_tokens(finished, root):
     import mlx_lm
 
-    from mlx_tuner.generate import answer, load
+    from mlx_tuner.commands.generate import answer, load
     from mlx_tuner.models.model import resolve
 
     path, _ = finished

@@ -21,13 +21,13 @@ from mlx_tuner.cli import main
 from mlx_tuner.conversion.convert import convert
 from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.files import verify
 from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
-from mlx_tuner.progress import Display
-from mlx_tuner.recipe import load_recipe
+from mlx_tuner.recipe.tables import load_recipe
 from mlx_tuner.runs.metrics import Summary
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system.files import verify
 
 IDS = [[5, 300, 17, 999, 2, 1024]]
 TOKENS = mx.array(IDS)
@@ -401,7 +401,7 @@ def test_the_command_says_what_it_made_and_what_was_kept(adapted, tmp_path):
 )
 def test_a_wrong_command_is_one_line(adapted, tmp_path, monkeypatch, arguments, code, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlx_tuner.hub.get_token", lambda: None)
+    monkeypatch.setattr("mlx_tuner.system.hub.get_token", lambda: None)
     (tmp_path / "something").write_text("")
     arguments = [str(adapted) if word == "ADAPTED" else word for word in arguments]
     result = CliRunner().invoke(main, ["fuse", *arguments])
@@ -413,9 +413,10 @@ def test_a_wrong_command_is_one_line(adapted, tmp_path, monkeypatch, arguments, 
 
 def test_a_push_uploads_the_folder_once_it_is_complete(adapted, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr("mlx_tuner.hub.check_token", lambda name: None)
+    monkeypatch.setattr("mlx_tuner.system.hub.check_token", lambda name: None)
     monkeypatch.setattr(
-        "mlx_tuner.hub.push", lambda folder, name: pushed.append((verify(folder), name)) or "there"
+        "mlx_tuner.system.hub.push",
+        lambda folder, name: pushed.append((verify(folder), name)) or "there",
     )
     arguments = ["fuse", str(adapted), "-o", str(tmp_path / "fused"), "--push", "me/mine"]
     result = CliRunner().invoke(main, arguments)

@@ -16,7 +16,7 @@ from mlx_tuner.conversion.gguf import export_gguf
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.models.model import load_tokenizer
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
 
 gguf = pytest.importorskip("gguf")
 
@@ -266,9 +266,9 @@ def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, disp
 
 def test_the_command_writes_both_files_and_pushes_only_them(adapted, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr("mlx_tuner.hub.check_token", lambda name: None)
+    monkeypatch.setattr("mlx_tuner.system.hub.check_token", lambda name: None)
     monkeypatch.setattr(
-        "mlx_tuner.hub.push",
+        "mlx_tuner.system.hub.push",
         lambda folder, name: pushed.append(sorted(path.name for path in folder.iterdir())),
     )
     arguments = ["export", str(adapted), "--to", "gguf", "--dtype", "q8_0", "--push", "me/mine"]

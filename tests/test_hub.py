@@ -6,11 +6,11 @@ import pytest
 from fake_hub import COMMIT, FakeHub, Repository
 from huggingface_hub import constants
 
-from mlx_tuner import hub
 from mlx_tuner.conversion.convert import convert
 from mlx_tuner.errors import DataError, ModelError
 from mlx_tuner.models.model import load, resolve
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system import hub
 
 WEIGHTS = bytes(range(256)) * 40
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner import cache
 from mlx_tuner.data import index
 from mlx_tuner.data.index import RowFile, open_rows
 from mlx_tuner.errors import DataError
+from mlx_tuner.system import cache
 
 
 @pytest.fixture(autouse=True)

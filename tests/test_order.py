@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_tuner.data import order
 from mlx_tuner.data.order import Permutation, in_validation
-from mlx_tuner.schedule import rows_of_step, steps_per_epoch
+from mlx_tuner.recipe.schedule import rows_of_step, steps_per_epoch
 
 SEEDS = st.integers(-(2**70), 2**70)
 

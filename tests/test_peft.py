@@ -18,10 +18,10 @@ from model_folders import BUILTIN, CONFIGS, TOKENIZER, equal, make_adapter, writ
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError
-from mlx_tuner.files import verify
 from mlx_tuner.models.adapter import Adapter, apply, read_adapter, write_adapter
 from mlx_tuner.models.peft_format import write_peft
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system.files import verify
 
 # PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

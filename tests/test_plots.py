@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from run_records import train_record, users_run, validated
 
-from mlx_tuner import plots
+from mlx_tuner.show import plots
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -115,7 +115,7 @@ def test_nothing_or_little_to_draw_is_no_error(tmp_path, records):
 
 def test_plots_leave_no_state_and_no_temporary_files(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from mlx_tuner import plots;"
+        "import sys; from pathlib import Path; from mlx_tuner.show import plots;"
         "plots.loss_curve(Path(sys.argv[1]) / 'loss.png', [], None);"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -9,9 +9,9 @@ import sys
 import pytest
 from run_records import train_record
 
-from mlx_tuner import progress
-from mlx_tuner.progress import Display
 from mlx_tuner.runs.metrics import EvalRecord
+from mlx_tuner.show import progress
+from mlx_tuner.show.progress import Display
 
 
 def start(display: Display, steps: int = 39) -> None:
@@ -179,7 +179,7 @@ def test_a_resumed_run_goes_on_counting(terminal):
 TRAINING = """
 import sys
 from mlx_tuner.runs.metrics import EvalRecord
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
 with Display() as display:
     display.start("x", total_steps=9, rows=9, trainable_parameters=1, total_parameters=2)
     for number in range(2000):

@@ -13,10 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mlx_tuner import peer_names
 from mlx_tuner.errors import RecipeError
-from mlx_tuner.recipe import MAX_RECIPE_BYTES, TABLES, Recipe, load_recipe, parse_recipe
-from mlx_tuner.toml_lines import NestingError, key_lines
+from mlx_tuner.recipe.tables import (
+    MAX_RECIPE_BYTES,
+    TABLES,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    peer_names,
+)
+from mlx_tuner.recipe.toml_lines import NestingError, key_lines
 
 MINIMAL = """\
 [model]
@@ -694,6 +700,6 @@ def test_nesting_deeper_than_sixty_four_is_said_with_its_line() -> None:
 
 def test_reading_a_recipe_imports_no_heavy_module() -> None:
     heavy = {"mlx", "numpy", "transformers", "matplotlib", "huggingface_hub", "mlx_lm"}
-    code = "import sys, mlx_tuner.recipe, mlx_tuner.schedule; print(*sys.modules)"
+    code = "import sys, mlx_tuner.recipe.tables, mlx_tuner.recipe.schedule; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not heavy & set(done.stdout.split())

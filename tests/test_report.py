@@ -9,8 +9,8 @@ from rich.console import Console
 from run_records import summary_of, train_record, users_run, validated
 
 from mlx_tuner.runs.metrics import EvalRecord
-from mlx_tuner.runs.report import report
-from mlx_tuner.terminal import console
+from mlx_tuner.show.report import report
+from mlx_tuner.show.terminal import console
 
 RUN = Path("adapters/codealpaca")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_tuner import files
 from mlx_tuner.errors import RunError, UsageError
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
 from mlx_tuner.runs.run import (
@@ -21,6 +20,7 @@ from mlx_tuner.runs.run import (
     read_records,
     read_summary,
 )
+from mlx_tuner.system import files
 
 RECIPE = "[model]\npath = 'builtin:tiny-qwen'\n"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_tuner.schedule import (
+from mlx_tuner.recipe.schedule import (
     epoch_at,
     learning_rate,
     rows_of_step,

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from mlx_tuner.terminal import console, duration, plural, rate, scientific
+from mlx_tuner.show.terminal import console
+from mlx_tuner.words import duration, plural, rate, scientific
 
 WRITER = """
 import sys, time
-from mlx_tuner.terminal import console
+from mlx_tuner.show.terminal import console
 out = console(sys.{stream})
 for number in range(3000):
     out.print(f"line {{number}} " + "x" * 100)

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mlx_tuner import assembly, cache, device, files
+from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.measure import Spread, interleave
 from mlx_tuner.bench.speed import (
@@ -45,11 +45,12 @@ from mlx_tuner.bench.workload import (
     describe,
     gemm_tflops,
 )
-from mlx_tuner.device import Machine
 from mlx_tuner.engine import batching, lora, memory
 from mlx_tuner.errors import Fault, UsageError
-from mlx_tuner.progress import Display
-from mlx_tuner.runs.report import PEFT_BASELINE
+from mlx_tuner.show.progress import Display
+from mlx_tuner.show.report import PEFT_BASELINE
+from mlx_tuner.system import cache, device, files
+from mlx_tuner.system.device import Machine
 
 SCHEMA_VERSION = 1
 RESULTS = Path("benchmarks") / "results"
@@ -253,7 +254,7 @@ def save(result: Result | Sweep, name: str | None) -> Path:
     path = folder / f"{name or _slug(default)}.json"
     files.write_json(path, result.to_json())
     if isinstance(result, Sweep):
-        from mlx_tuner.plots import heat_maps
+        from mlx_tuner.show.plots import heat_maps
 
         heat_maps(
             path.with_suffix(".png"),

@@ -15,8 +15,8 @@ from mlx_tuner.bench.measure import Spread
 from mlx_tuner.bench.speed import Phases, Training
 from mlx_tuner.bench.sweep import Sweep
 from mlx_tuner.bench.workload import RANK, TARGET_MODULES, Workload
-from mlx_tuner.device import Machine
-from mlx_tuner.terminal import duration, plural, ram, rate
+from mlx_tuner.system.device import Machine
+from mlx_tuner.words import duration, plural, ram, rate
 
 MARKDOWN_COLUMNS = (
     "machine",

@@ -18,19 +18,20 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.generate import generate_step
 
-from mlx_tuner import assembly, files
+from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
 from mlx_tuner.bench.peer import MlxLmTrainer
 from mlx_tuner.bench.workload import LEARNING_RATE, RANK, SCALE, TARGET_MODULES, Workload
 from mlx_tuner.data.dataset import Example
 from mlx_tuner.data.stream import prefetch
-from mlx_tuner.device import Machine
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Row, Step
 from mlx_tuner.engine.forward import KeysValues
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.runs.metrics import Meter
+from mlx_tuner.system import files
+from mlx_tuner.system.device import Machine
 
 
 @dataclass(frozen=True)

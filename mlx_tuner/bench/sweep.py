@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tuner import assembly, device
+from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.workload import (
     LEARNING_RATE,
@@ -24,11 +24,12 @@ from mlx_tuner.bench.workload import (
     gemm_tflops,
     subject_of,
 )
-from mlx_tuner.device import Machine
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.models import model as models
-from mlx_tuner.progress import Display
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system import device
+from mlx_tuner.system.device import Machine
 
 SCHEMA_VERSION = 1
 CELL_SECONDS, QUICK_CELL_SECONDS = 20.0, 5.0

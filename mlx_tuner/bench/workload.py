@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tuner import assembly, device
+from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.engine import batching, flops, lora, memory
 from mlx_tuner.engine.batching import Row, Step
@@ -18,6 +18,7 @@ from mlx_tuner.engine.forward import is_flat
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, ModelError, UsageError
 from mlx_tuner.models import model as models
+from mlx_tuner.system import device
 
 JOB = "qwen2.5-1.5b"
 """The user's: `recipes/codealpaca.toml` on Qwen2.5-Coder-1.5B-Instruct."""

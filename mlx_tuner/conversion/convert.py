@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_tuner import __version__, files
+from mlx_tuner import __version__
 from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.models.model_files import (
@@ -31,9 +31,10 @@ from mlx_tuner.models.model_files import (
     read_json,
 )
 from mlx_tuner.models.weights import is_finite, write_weights
+from mlx_tuner.system import files
 
 if TYPE_CHECKING:
-    from mlx_tuner.progress import Display
+    from mlx_tuner.show.progress import Display
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 CARD = "README.md"

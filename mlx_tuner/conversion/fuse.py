@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_tuner import __version__, assembly, files
+from mlx_tuner import __version__, assembly
 from mlx_tuner.conversion.convert import (
     CARD,
     DROPPED,
@@ -42,12 +42,13 @@ from mlx_tuner.models.model_files import (
     read_json,
 )
 from mlx_tuner.models.weights import is_finite, write_weights
-from mlx_tuner.recipe import Recipe, load_recipe
+from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs.run import LOSS_PLOT, RECIPE, read_summary
+from mlx_tuner.system import files
 
 if TYPE_CHECKING:
-    from mlx_tuner.progress import Display
     from mlx_tuner.runs.metrics import Summary
+    from mlx_tuner.show.progress import Display
 
 GENERATION = "generation_config.json"
 TURN_END = "<|im_end|>"

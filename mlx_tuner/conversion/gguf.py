@@ -19,7 +19,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_tuner import files
 from mlx_tuner.conversion.convert import in_float32, require_space
 from mlx_tuner.conversion.fidelity import Check, compare, require_kept
 from mlx_tuner.conversion.fuse import TURN_END, merge, open_base, recipe_of, rows_to_compare
@@ -29,9 +28,10 @@ from mlx_tuner.models.adapter import Adapter, read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles
 from mlx_tuner.models.weights import is_finite
+from mlx_tuner.system import files
 
 if TYPE_CHECKING:
-    from mlx_tuner.progress import Display
+    from mlx_tuner.show.progress import Display
 
 DType = Literal["f16", "bf16", "f32", "q8_0"]
 MODELFILE = "Modelfile"

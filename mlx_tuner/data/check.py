@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_tuner import cache
 from mlx_tuner.data import rows, skim
 from mlx_tuner.data.index import CACHED_FROM_BYTES, RowFile, scan
 from mlx_tuner.data.rows import Form, Row, parse_row
 from mlx_tuner.errors import DataError, Fault, RunError
+from mlx_tuner.system import cache
 
 SPLIT_FROM_BYTES = 32 << 20
 """Smaller files are checked in this process."""

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_tuner import cache
 from mlx_tuner.data import check
 from mlx_tuner.data.check import Checked
 from mlx_tuner.data.encode import Encoded, Encoder, LongRowPolicy
@@ -30,7 +29,8 @@ from mlx_tuner.data.index import RowFile, open_rows
 from mlx_tuner.data.order import in_validation
 from mlx_tuner.data.rows import parse_row
 from mlx_tuner.errors import DataError, Fault
-from mlx_tuner.terminal import plural
+from mlx_tuner.system import cache
+from mlx_tuner.words import plural
 
 BadRowPolicy = Literal["error", "skip"]
 

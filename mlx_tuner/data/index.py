@@ -21,8 +21,8 @@ from types import TracebackType
 
 import numpy as np
 
-from mlx_tuner import cache, files
 from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.system import cache, files
 
 MAX_ROW_BYTES = 16 << 20
 """Longest row that is read; a longer one is refused as soon as that shows."""

@@ -19,11 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_tuner import files
 from mlx_tuner.engine.lora import LoRALinear, dimensions
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.model_files import read_json
 from mlx_tuner.models.tensors import TensorInfo, read_header
+from mlx_tuner.system import files
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"

@@ -59,7 +59,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(Fault(name, "model.path", "no such folder"))
-    from mlx_tuner import hub
+    from mlx_tuner.system import hub
 
     return hub.download_model(name, revision)
 

@@ -21,11 +21,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_tuner import files
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models import adapter as adapters
 from mlx_tuner.models.adapter import Adapter, number, split_block, text, whole_number
 from mlx_tuner.models.tensors import TensorInfo, read_header
+from mlx_tuner.system import files
 
 CONFIG = adapters.CONFIG
 WEIGHTS = "adapter_model.safetensors"

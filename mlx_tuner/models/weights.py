@@ -15,9 +15,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_tuner import files
 from mlx_tuner.models.model_files import INDEX
 from mlx_tuner.models.tensors import ITEM_BYTES
+from mlx_tuner.system import files
 
 MAX_SHARD_BYTES = 2 << 30
 _IN_FLIGHT_BYTES = 256 << 20

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlx_tuner import files
 from mlx_tuner.errors import Fault, RunError, UsageError
 from mlx_tuner.runs.metrics import Record, Summary, record_from_json
+from mlx_tuner.system import files
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"

@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mlx_tuner import files
 from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord
-from mlx_tuner.terminal import scientific
+from mlx_tuner.system import files
+from mlx_tuner.words import scientific
 
 _SIZE = (9.0, 5.0)
 """Inches; with the dots below, 1350 × 750 pixels."""

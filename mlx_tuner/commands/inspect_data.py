@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_tuner import assembly, schedule
+from mlx_tuner import assembly
 from mlx_tuner.data import check
 from mlx_tuner.data.encode import Encoded, Encoder, unwrap
 from mlx_tuner.data.index import RowFile, open_rows
@@ -25,9 +25,10 @@ from mlx_tuner.data.order import in_validation
 from mlx_tuner.data.rows import Form, Row, parse_row
 from mlx_tuner.errors import DataError, Fault
 from mlx_tuner.models import model as models
-from mlx_tuner.progress import Display
-from mlx_tuner.recipe import Recipe, load_recipe, parse_recipe
-from mlx_tuner.terminal import plural
+from mlx_tuner.recipe import schedule
+from mlx_tuner.recipe.tables import Recipe, load_recipe, parse_recipe
+from mlx_tuner.show.progress import Display
+from mlx_tuner.words import plural
 
 DEFAULT_MODEL = "builtin:tiny-qwen"
 """Whose tokenizer counts where no model is named."""

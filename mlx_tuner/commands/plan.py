@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_tuner import assembly, schedule
+from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine import memory
 from mlx_tuner.models import model as models
-from mlx_tuner.recipe import Recipe
+from mlx_tuner.recipe import schedule
+from mlx_tuner.recipe.tables import Recipe
 
 CHUNK_ROWS = 256
 

@@ -21,19 +21,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mlx_tuner import assembly, device
+from mlx_tuner import assembly
+from mlx_tuner.commands.inspect_data import recipe_for
 from mlx_tuner.data.dataset import Dataset, Example, shared_rows
 from mlx_tuner.data.encode import END, HEADER, START
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, TunerError, UsageError
-from mlx_tuner.inspect_data import recipe_for
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
-from mlx_tuner.progress import Display
-from mlx_tuner.recipe import Recipe, load_recipe
+from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs.run import RECIPE
-from mlx_tuner.terminal import plural
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system import device
+from mlx_tuner.words import plural
 
 _NOISE = 0.01
 """Relative differences of the loss up to this say nothing."""

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from mlx_tuner import peer_names
 from mlx_tuner.errors import Fault, RecipeError
-from mlx_tuner.toml_lines import NestingError, key_lines
+from mlx_tuner.recipe import peer_names
+from mlx_tuner.recipe.toml_lines import NestingError, key_lines
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_tuner.runs.metrics import Record, TrainRecord
-from mlx_tuner.terminal import console, duration, plural, rate, scientific
+from mlx_tuner.show.terminal import console
+from mlx_tuner.words import duration, plural, rate, scientific
 
 _RECENT_STEPS = 20
 """Over which the displayed speeds are taken."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_tuner.errors import Fault, RecipeError, RunError, TunerError
-from mlx_tuner.recipe import load_recipe
+from mlx_tuner.recipe.tables import load_recipe
 from mlx_tuner.runs.metrics import (
     JsonFields,
     Record,
@@ -18,7 +18,7 @@ from mlx_tuner.runs.metrics import (
     reduction_percent,
 )
 from mlx_tuner.runs.run import RECIPE, is_run, is_running, read_records, read_summary
-from mlx_tuner.terminal import duration, rate
+from mlx_tuner.words import duration, rate
 
 PLOT = "compare.png"
 _TREND = 0.1

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_tuner import files
 from mlx_tuner.errors import TunerError
+from mlx_tuner.system import files
 
 Key = Mapping[str, object]
 """What a cached result depends on, in values that JSON can hold."""

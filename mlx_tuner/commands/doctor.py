@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
-from mlx_tuner.terminal import ram
+from mlx_tuner.words import ram
 
 if TYPE_CHECKING:
-    from mlx_tuner.device import Machine, Probe
+    from mlx_tuner.system.device import Machine, Probe
 
 DISTRIBUTION = "mlx-tuner"
 EXTRAS = {
@@ -79,7 +79,7 @@ def examine(probe: Probe | None = None) -> Report:
     """Look at packages, device, memory, disk and Hub. Downloads and changes nothing."""
     findings = list(_packages())
     try:
-        from mlx_tuner import device
+        from mlx_tuner.system import device
     except ImportError as error:
         advice = "MLX needs macOS 14+ on Apple silicon, or Linux; reinstall with `pip install -U`"
         findings.append(Finding("fatal", "MLX", f"cannot be imported: {error}", advice))
@@ -112,7 +112,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
-    from mlx_tuner import device
+    from mlx_tuner.system import device
 
     cores = f", {machine.gpu_cores} GPU cores" if machine.gpu_cores else ""
     bandwidth = machine.bandwidth_gb_per_second
@@ -143,7 +143,7 @@ def _memory(machine: Machine, budget: int) -> Iterator[Finding]:
 
 
 def _cpu_backend(probe: Probe) -> Iterator[Finding]:
-    from mlx_tuner import device
+    from mlx_tuner.system import device
 
     if probe.system == "Linux":
         found = device.blas(probe)

@@ -13,10 +13,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mlx_tuner.runs.chart import Chart, Point, Series
 from mlx_tuner.runs.metrics import FINISHED, STOPPED, EvalRecord, Record, Summary, TrainRecord
 from mlx_tuner.runs.verdict import Kind, judge
-from mlx_tuner.terminal import duration, plural, rate, scientific
+from mlx_tuner.show.chart import Chart, Point, Series
+from mlx_tuner.words import duration, plural, rate, scientific
 
 _TRAIN, _VALID, _BEST = "cyan", "yellow", "bold green"
 _MOST_ROWS = 20

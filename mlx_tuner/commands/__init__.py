@@ -1,0 +1,1 @@
+"""What a person can ask for besides a run."""

@@ -1,0 +1,1 @@
+"""What to train: the recipe's tables, its faults, its schedule."""

@@ -1,0 +1,1 @@
+"""The machine under it: files, device, Hub, signals."""
