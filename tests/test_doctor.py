@@ -87,9 +87,9 @@ def test_a_device_that_cannot_multiply_cannot_train(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_mlx_nothing_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlx_tuner
+    import mlx_tuner.system
 
-    monkeypatch.delattr(mlx_tuner, "device", raising=False)
+    monkeypatch.delattr(mlx_tuner.system, "device", raising=False)
     monkeypatch.setitem(sys.modules, "mlx_tuner.system.device", None)
     report = doctor.examine()
     assert not report.can_train
