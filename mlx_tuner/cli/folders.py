@@ -1,0 +1,178 @@
+"""Models and adapters as folders and files: made, merged, handed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_tuner.cli.options import base_option, output_option, push_option, quantize_options
+from mlx_tuner.errors import Fault, UsageError
+
+if TYPE_CHECKING:
+    from mlx_tuner.conversion.gguf import DType
+
+
+@click.command()
+@click.argument("model")
+@output_option
+@quantize_options
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of what is not quantised. Default: what the model's config says.",
+)
+@click.option("--revision", help="Commit, tag or branch of a Hub model.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare the result's logits with the source's; refuse a broken one.",
+)
+@push_option
+def convert(
+    model: str,
+    output: Path,
+    bits: str | None,
+    group_size: str,
+    dtype: str | None,
+    revision: str | None,
+    verify: bool,
+    push: str | None,
+) -> None:
+    """MODEL, a Hub name or a folder, as a new MLX folder."""
+    from mlx_tuner.conversion.convert import convert as make
+    from mlx_tuner.show.progress import Display
+    from mlx_tuner.system import hub
+
+    if push:
+        hub.check_token(push)
+    with Display() as display:
+        made = make(
+            model,
+            output,
+            display,
+            bits=int(bits) if bits else None,
+            group_size=int(group_size),
+            dtype=dtype,
+            revision=revision,
+            verify=verify,
+        )
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{output}: {model} in {made.form}, {made.bytes / 1e9:.2f} GB")
+    for name, value in made.check.rows() if made.check else ():
+        click.echo(f"{name:>30}  {value}")
+    if push:
+        click.echo(hub.push(output, push))
+
+
+@click.command()
+@click.argument("run_or_adapter", type=click.Path(path_type=Path))
+@output_option
+@base_option
+@quantize_options
+@push_option
+def fuse(
+    run_or_adapter: Path,
+    output: Path,
+    model: str | None,
+    bits: str | None,
+    group_size: str,
+    push: str | None,
+) -> None:
+    """RUN_OR_ADAPTER merged into its base: a model of its own, in a new folder."""
+    from mlx_tuner.conversion.fuse import fuse as make
+    from mlx_tuner.show.progress import Display
+    from mlx_tuner.system import hub
+
+    if push:
+        hub.check_token(push)
+    with Display() as display:
+        made = make(
+            run_or_adapter,
+            output,
+            display,
+            model=model,
+            bits=int(bits) if bits else None,
+            group_size=int(group_size),
+        )
+    click.echo(
+        f"{output}: {made.base} with {run_or_adapter} in {made.form}, {made.bytes / 1e9:.2f} GB"
+    )
+    for name, value in made.check.lines():
+        click.echo(f"{name:>30}  {value}")
+    if push:
+        click.echo(hub.push(output, push))
+
+
+@click.command()
+@click.argument("run_or_adapter", type=click.Path(path_type=Path))
+@click.option("--to", "form", required=True, type=click.Choice(["peft", "gguf"]))
+@click.option(
+    "-o",
+    "output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="New folder for peft, new file for gguf.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "bf16", "f32", "q8_0"]),
+    help="Of a GGUF file's matrices. Default: f16.",
+)
+@click.option("--model", help="The base, for gguf. Default: the one that the adapter names.")
+@push_option
+def export(
+    run_or_adapter: Path,
+    form: str,
+    output: Path,
+    dtype: DType | None,
+    model: str | None,
+    push: str | None,
+) -> None:
+    """RUN_OR_ADAPTER as a PEFT adapter, or fused as a GGUF file with a Modelfile beside it."""
+    from mlx_tuner.system import hub
+
+    if form == "peft" and (dtype or model):
+        raise UsageError("--dtype and --model are for --to gguf; leave them out")
+    if push:
+        hub.check_token(push)
+    if form == "peft":
+        from mlx_tuner.models.peft_format import export_peft
+
+        adapter = export_peft(run_or_adapter, output)
+        click.echo(f"{output}: PEFT adapter of rank {adapter.rank} for {adapter.base}")
+        folder = output
+    else:
+        from mlx_tuner.conversion.gguf import export_gguf
+        from mlx_tuner.show.progress import Display
+
+        folder = output.absolute().parent
+        if push and folder.is_dir() and any(folder.iterdir()):
+            what = "has other files in it, which --push would upload; choose a new folder"
+            raise UsageError(Fault(str(folder), "", what))
+        with Display() as display:
+            made = export_gguf(run_or_adapter, output, display, dtype=dtype or "f16", model=model)
+        click.echo(
+            f"{output}: {dtype or 'f16'}, {made.bytes / 1e9:.2f} GB, and {made.modelfile.name}"
+        )
+        for name, value in made.check.lines():
+            click.echo(f"{name:>30}  {value}")
+    if push:
+        click.echo(hub.push(folder, push))
+
+
+@click.command("import")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@output_option
+def import_(adapter: Path, output: Path) -> None:
+    """ADAPTER, a PEFT folder, as one that mlx-lm and mlx-tune read."""
+    from mlx_tuner.models.adapter import import_adapter
+
+    made = import_adapter(adapter, output)
+    click.echo(
+        f"{output}: rank {made.rank}, scale {made.scale:g}, {len(made.modules)} modules, "
+        f"for {made.base or 'a base that it does not name'}"
+    )

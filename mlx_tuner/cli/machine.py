@@ -1,0 +1,97 @@
+"""This machine: what it has and how fast it trains."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from mlx_tuner.cli.options import json_option
+from mlx_tuner.errors import UsageError
+from mlx_tuner.show.terminal import console
+
+PEER = "mlx-lm"
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """What this machine has, what is missing, what to do."""
+    from mlx_tuner.commands.doctor import examine
+
+    report = examine()
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report)
+    sys.exit(0 if report.can_train else 1)
+
+
+@click.command()
+@click.option(
+    "--model",
+    metavar="SHAPE|FOLDER|NAME",
+    help="A shape such as qwen2.5-1.5b, of random weights; or a model. Default: what fits here.",
+)
+@click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits of the frozen weights.")
+@click.option("--rows", default=100, show_default=True, type=click.IntRange(min=1))
+@click.option("--seq", type=click.IntRange(min=32), help="Tokens of every row.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of one pass; several are timed.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter measurements.")
+@click.option("--against", metavar="mlx-lm|FILE.json", help="Compare with its trainer, or earlier.")
+@click.option("--sweep", is_flag=True, help="Try rows a step, tokens a row and quantisation.")
+@click.option("--name", help="Of the result file; default: by chip and model.")
+@click.option("--markdown", is_flag=True, help="Print a row for the README's table.")
+@json_option
+def bench(
+    model: str | None,
+    quantize: str | None,
+    rows: int,
+    seq: int | None,
+    batch_size: int,
+    steps: int | None,
+    quick: bool,
+    against: str | None,
+    sweep: bool,
+    name: str | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Training and generation speed of this machine; nothing is downloaded for a SHAPE.
+
+    The result is kept as JSON: in benchmarks/results where that is a folder, else in
+    ~/.cache/mlx-tune/bench.
+    """
+    from mlx_tuner.bench import report as bench_report
+    from mlx_tuner.bench.bench import Result, bench, save
+    from mlx_tuner.bench.sweep import Sweep, measure
+    from mlx_tuner.bench.workload import Settings
+    from mlx_tuner.show.progress import Display
+
+    if sweep and (against or markdown):
+        raise UsageError("--sweep excludes --against and --markdown; give one")
+    settings = Settings(
+        model=model,
+        quantize=int(quantize) if quantize else None,
+        rows=rows,
+        seq=seq,
+        batch_size=batch_size,
+        steps=steps,
+        quick=quick,
+        peer=against == PEER,
+    )
+    command = shlex.join(["mlx-tune", *sys.argv[1:]])
+    earlier = Path(against) if against and against != PEER else None
+    with Display() as display:
+        if sweep:
+            found: Result | Sweep = measure(settings, display, command=command)
+        else:
+            found = bench(settings, display, command=command, earlier=earlier)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    elif markdown:
+        click.echo(bench_report.markdown_row(found.to_json()))
+    else:
+        console(sys.stdout).print(bench_report.report(found))
+    click.echo(f"written to {save(found, name)}", err=True)  # last: a full disk costs no figures

@@ -1,0 +1,128 @@
+"""After training: answers, evaluation, runs side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mlx_tuner.cli.options import base_option, json_option
+from mlx_tuner.show.terminal import console, safe
+
+
+@click.command()
+@click.argument("run_or_model")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="0 = greedy.",
+)
+@click.option("--system", help="The system message.")
+@click.option("--base", is_flag=True, help="The base model of a run, without its adapter.")
+@base_option
+def generate(
+    run_or_model: str,
+    prompt: str | None,
+    max_tokens: int,
+    temperature: float,
+    system: str | None,
+    base: bool,
+    model: str | None,
+) -> None:
+    """Answer PROMPT with a run or a model; without PROMPT, chat."""
+    from mlx_tuner.commands.generate import answer, load
+    from mlx_tuner.show.progress import Display
+
+    with Display() as display, display.task("loading the model"):
+        loaded = load(run_or_model, base=base, model=model)
+    messages = [{"role": "system", "content": system}] if system else []
+    chatting = prompt is None
+    while True:
+        if prompt is None:
+            try:
+                prompt = click.prompt("you", prompt_suffix="> ", err=True)
+            except click.Abort:  # end of input
+                click.echo(err=True)
+                return
+        messages.append({"role": "user", "content": prompt})
+        pieces = []
+        for piece in answer(loaded, messages, max_tokens=max_tokens, temperature=temperature):
+            click.echo(piece, nl=False)
+            pieces.append(piece)
+        click.echo()
+        if not chatting:
+            return
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+        prompt = None
+
+
+@click.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="Rows that were held out. Default: the run's validation rows.")
+@base_option
+@click.option(
+    "--samples",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Rows that are answered.",
+)
+@click.option(
+    "--max-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Of an answer.",
+)
+@json_option
+def eval_(
+    run: Path,
+    data: str | None,
+    model: str | None,
+    samples: int,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """RUN, or any adapter, against its base on held-out rows."""
+    from mlx_tuner.commands.evaluate import evaluate, report
+    from mlx_tuner.show.progress import Display
+
+    with Display() as display:
+        found = evaluate(
+            run, display, model=model, data=data, samples=samples, max_tokens=max_tokens
+        )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        console(sys.stdout).print(report(found))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@json_option
+@click.option(
+    "-o",
+    "output",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder for compare.png; default: the current one.",
+)
+def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
+    """RUNS side by side, as a table and a plot."""
+    from mlx_tuner.commands.compare import PLOT, compare
+    from mlx_tuner.show.plots import comparison as draw
+
+    comparison = compare(runs)
+    plot = output / PLOT
+    draw(plot, comparison.records)
+    if as_json:
+        click.echo(json.dumps({**comparison.to_json(), "plot": str(plot)}, indent=2))
+    else:
+        click.echo(comparison.to_markdown(), file=safe(sys.stdout))
+        click.echo(f"plot: {plot}", err=True)

@@ -1,0 +1,136 @@
+"""Before and during training: the run, its plan, its rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_tuner.cli.faults import print_faults
+from mlx_tuner.cli.options import json_option, recipe_options, set_option
+from mlx_tuner.errors import UsageError
+from mlx_tuner.show.terminal import console
+
+if TYPE_CHECKING:
+    from mlx_tuner.recipe.tables import Recipe
+
+
+@click.command()
+@recipe_options
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: adapters/RECIPE.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that is there.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, as plan does.")
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end.")
+def run(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train what RECIPE says: adapter, metrics, plots and summary."""
+    from mlx_tuner.recipe.tables import load_recipe
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; give one")
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        _plan(loaded, as_json)
+        return
+    run_dir = run_dir or Path("adapters") / loaded.name
+    from mlx_tuner.finetune import finetune
+    from mlx_tuner.runs.run import read_records
+    from mlx_tuner.show.progress import Display
+    from mlx_tuner.show.report import report
+
+    with Display() as display:
+        summary = finetune(loaded, run_dir, display, resume=resume, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(summary.to_json(), indent=2))
+    else:
+        console(sys.stdout).print(report(read_records(run_dir), summary, run_dir))
+
+
+@click.command()
+@recipe_options
+@json_option
+def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What a run of RECIPE would do and need; loads no weights."""
+    from mlx_tuner.recipe.tables import load_recipe
+
+    _plan(load_recipe(recipe, overrides), as_json)
+
+
+def _plan(recipe: Recipe, as_json: bool) -> None:
+    from mlx_tuner.commands.plan import plan
+
+    planned = plan(recipe)
+    if as_json:
+        click.echo(json.dumps(asdict(planned), indent=2))
+        return
+    share = 100 * planned.trainable_parameters / planned.total_parameters
+    first, last = planned.learning_rates[0], planned.learning_rates[-1]
+    for name, value in (
+        ("recipe", planned.recipe),
+        ("model", planned.model),
+        ("rows", f"{planned.rows:,}, and {planned.valid_rows:,} for validation"),
+        ("tokens", f"{planned.tokens:,} an epoch, {planned.target_tokens:,} of them targets"),
+        ("steps", f"{planned.steps:,}, {planned.steps_per_epoch:,} an epoch"),
+        ("learning rate", f"{first:.3g} at the first step, {last:.3g} at the last"),
+        (
+            "trainable",
+            f"{planned.trainable_parameters:,} of {planned.total_parameters:,} ({share:.4f} %)",
+        ),
+        ("micro-batch", f"{planned.micro_batch_tokens:,} tokens at most"),
+        ("peak memory", f"about {planned.peak_memory_gb:.2f} GB"),
+    ):
+        click.echo(f"{name:>14}  {value}")
+
+
+@click.command()
+@click.argument("file")
+@click.option("--recipe", type=click.Path(path_type=Path), help="See the rows as it does.")
+@set_option
+@click.option("--model", help="Count in its tokens; default: the recipe's, or builtin:tiny-qwen.")
+@click.option("--valid", help="Validation rows: a file, or a fraction of FILE.")
+@click.option("--show", default=0, type=click.IntRange(min=0), help="Print the first rows.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the rows' lengths as PNG.")
+@json_option
+def data(
+    file: str,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    valid: str | None,
+    show: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Check and describe the rows of FILE as a recipe would see them."""
+    from mlx_tuner.commands.inspect_data import inspect, recipe_for
+    from mlx_tuner.show.progress import Display
+
+    seen = recipe_for(file, recipe=recipe, model=model, valid=valid, overrides=overrides)
+    with Display() as display:
+        found = inspect(seen, display, show=show)
+    if plot:
+        from mlx_tuner.show.plots import length_histogram
+
+        length_histogram(plot, found.train.lengths.tolist(), found.max_seq_length)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        from mlx_tuner.commands.data_report import report
+
+        terminal = console(sys.stdout)
+        terminal.print(report(found, colour=terminal.is_terminal))
+    if found.fault_count:
+        print_faults(found.faults, found.fault_count)
+        sys.exit(1)
