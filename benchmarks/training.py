@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import child, interleave, options, report, save, table
 
-from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.batching import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -81,7 +81,7 @@ def main() -> None:
     print(save(args.name or f"training{kind}", runs, baseline=baseline, settings=settings))
 
 
-def load_rows(count: int, *, mask_prompt: bool = True) -> list[Row]:
+def load_rows(count: int, *, mask_prompt: bool = True) -> list[Example]:
     """The first CodeAlpaca rows, tokenised and masked as a recipe would have them."""
     import tempfile
 
@@ -104,7 +104,7 @@ def load_rows(count: int, *, mask_prompt: bool = True) -> list[Row]:
     with (SHARED / "codealpaca" / "train.jsonl").open("rb") as file:
         raw = [line for line, _ in zip(file, range(count), strict=False)]
     rows = [parse_row(line, where=f"train.jsonl:{i}") for i, line in enumerate(raw, 1)]
-    return [Row(encoded.tokens, encoded.loss_mask) for encoded in encoder.encode(rows)]
+    return [Example(encoded.tokens, encoded.loss_mask) for encoded in encoder.encode(rows)]
 
 
 def random_model(args: Any) -> Any:
@@ -122,7 +122,7 @@ def random_model(args: Any) -> Any:
     return model
 
 
-def ours(args: Any, rows: list[Row]) -> dict[str, float]:
+def ours(args: Any, rows: list[Example]) -> dict[str, float]:
     """One turn of our trainer."""
     import mlx.core as mx
 
@@ -143,7 +143,7 @@ def ours(args: Any, rows: list[Row]) -> dict[str, float]:
     results = list(train(trainer, batches, rates))
     seconds = time.perf_counter() - start
 
-    steps = [trainer.cut(batch) for batch in batches]
+    steps = [trainer.make_micro_batches(batch) for batch in batches]
     micro_batches = [m for step in steps for m in step.micro_batches]
     processed = sum(len(m.tokens) for m in micro_batches) + sum(len(s.prefix) for s in steps)
     tokens, targets = sum(s.tokens for s in steps), sum(s.target_tokens for s in steps)
@@ -161,15 +161,15 @@ def ours(args: Any, rows: list[Row]) -> dict[str, float]:
     }
 
 
-def cutting(trainer: Any, batches: list[list[Row]]) -> float:
+def cutting(trainer: Any, batches: list[list[Example]]) -> float:
     """Seconds that cutting the batches takes."""
     start = time.perf_counter()
     for batch in batches:
-        trainer.cut(batch)
+        trainer.make_micro_batches(batch)
     return time.perf_counter() - start
 
 
-def mlx_lm(args: Any, rows: list[Row]) -> dict[str, float]:
+def mlx_lm(args: Any, rows: list[Example]) -> dict[str, float]:
     """One turn of mlx-lm's trainer."""
     import mlx.core as mx
 

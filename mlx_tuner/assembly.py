@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tuner.data.dataset import Dataset, Example, open_dataset, split
+from mlx_tuner.data.dataset import Dataset, open_dataset, split
 from mlx_tuner.data.order import Permutation
 from mlx_tuner.engine import lora, memory
-from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.model import dtype_of
@@ -142,16 +142,11 @@ def attach_adapter(model: nn.Module, recipe: Recipe) -> None:
         layer.dropout = table.dropout
 
 
-def to_rows(examples: list[Example]) -> list[Row]:
-    """Examples as the trainer takes them."""
-    return [Row(example.tokens, example.loss_mask) for example in examples]
-
-
-def in_order(dataset: Dataset) -> Iterator[list[Row]]:
+def in_order(dataset: Dataset) -> Iterator[list[Example]]:
     """All rows of a dataset, some at a time."""
     for first in range(0, len(dataset), EVALUATION_ROWS):
         last = min(first + EVALUATION_ROWS, len(dataset))
-        yield to_rows(dataset.examples(range(first, last)))
+        yield dataset.examples(range(first, last))
 
 
 def longest_row(recipe: Recipe, rows: Dataset) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tuner import assembly
-from mlx_tuner.data.dataset import Dataset, Example, shared_rows
+from mlx_tuner.data.dataset import Dataset, shared_rows
 from mlx_tuner.data.stream import prefetch
-from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.forward import is_flat
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import StepResult, Trainer, train
@@ -196,10 +196,10 @@ class _Session:
         order = assembly.row_order(self.recipe, rows, first, len(self.learning_rates))
         self._examples: deque[list[Example]] = deque()
 
-        def batches() -> Iterator[list[Row]]:
+        def batches() -> Iterator[list[Example]]:
             for examples in prefetch(self.data.train, order):
                 self._examples.append(examples)
-                yield assembly.to_rows(examples)
+                yield examples
 
         rates = self.learning_rates[first:]
         for result in train(self.trainer, batches(), rates, first_step=first):
@@ -259,7 +259,7 @@ class _Session:
             self.progress.nonfinite_in_a_row = 0
             return
         self.progress.nonfinite_in_a_row += 1
-        lines = ", ".join(str(example.line) for example in self._examples[0])
+        lines = ", ".join(str(self.data.train.line(example.row)) for example in self._examples[0])
         what = f"step {self.progress.step} had no finite loss or gradient; its rows: lines {lines}"
         self.display.note(f"{what}; it changed nothing")
         if self.progress.nonfinite_in_a_row == NONFINITE_LIMIT:
@@ -329,7 +329,7 @@ class _Session:
 def rehearse(trainer: Trainer, dataset: Dataset, batch_size: int) -> None:
     """Run the largest micro-batch that the data can give once, so that memory fails here."""
     longest = dataset.byte_lengths.argsort()[::-1][:batch_size]
-    trainer.rehearse(assembly.to_rows(dataset.examples(longest.tolist())))
+    trainer.rehearse(dataset.examples(longest.tolist()))
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:

@@ -26,7 +26,7 @@ BELOW = {
     "system": {"errors", "words"},
     "recipe": {"errors"},
     "engine": {"errors"},
-    "data": {"errors", "system", "words"},
+    "data": {"engine", "errors", "system", "words"},
     "models": {"engine", "errors", "system"},
     "runs": {"errors", "recipe", "system", "words"},
     "show": {"errors", "recipe", "runs", "system", "words"},
@@ -99,6 +99,15 @@ def test_data_flows_one_way_between_the_rooms() -> None:
     for module in MODULES:
         if (room := package_of(module)) in BELOW:
             assert imports_of_ours(module) <= BELOW[room] | {room}, module
+
+
+def test_rows_know_the_engine_by_the_row_that_it_takes_and_load_no_mlx() -> None:
+    names = set().union(*(imported(module) for module in rooms("data")))
+    engine = {name for name in names if name.startswith("mlx_tuner.engine")}
+    assert engine <= {"mlx_tuner.engine.batching", "mlx_tuner.engine.batching.Example"}
+    assert not {"mlx", "mlx_lm"} & set().union(
+        *map(packages_of, ("engine.batching", *rooms("data")))
+    )
 
 
 def test_only_the_assembly_and_its_commands_know_a_recipe() -> None:

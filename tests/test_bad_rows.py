@@ -428,7 +428,7 @@ def test_mutated_files_become_datasets_of_exactly_their_good_rows_or_are_refused
             continue
         opened += 1
         examples = dataset.examples(range(len(dataset)))
-        assert [example.line for example in examples] == list(good)
+        assert [dataset.line(example.row) for example in examples] == list(good)
         expected = encoder.encode(list(good.values()))
         assert [e.tokens.tolist() for e in examples] == [e.tokens.tolist() for e in expected]
     assert min(opened, refused) > 25

@@ -223,7 +223,7 @@ def test_the_first_loss_of_mlx_lms_trainer_is_ours(uncompiled: None) -> None:
     model = synthetic.random_model(MICRO, mx.float32)
     rows = synthetic.rows(2, 64)
     # Rows of one length: on padded ones mlx-lm counts a padding token after the last as a target.
-    rows = [batching.Row(row.tokens[:40], np.arange(40) >= 30) for row in rows]
+    rows = [batching.Example(row.tokens[:40], np.arange(40) >= 30) for row in rows]
     theirs, computed = speed.peer_of(synthetic.twin(model, MICRO)).step(rows)
     from mlx_tuner.engine import lora
     from mlx_tuner.engine.trainer import Trainer, train

@@ -46,7 +46,7 @@ def write(folder: Path, rows: Iterable[str], name: str = "rows.jsonl") -> Path:
 
 
 def lines_of(dataset: Dataset) -> list[int]:
-    return [example.line for example in dataset.examples(range(len(dataset)))]
+    return [dataset.line(example.row) for example in dataset.examples(range(len(dataset)))]
 
 
 def refused(path: Path, tokenizer: Any, **options: Any) -> list[str]:
@@ -62,7 +62,7 @@ def test_examples_are_the_rows_encoded_with_their_lines(tmp_path, tokenizer):
     encoder = Encoder(tokenizer, mask_prompt=True, max_seq_length=50)
     expected = encoder.encode([parse_row(r.encode(), where=":1") for r in content if r])
     examples = dataset.examples([3, 0, 2, 0])
-    assert [(e.row, e.line) for e in examples] == [(3, 6), (0, 1), (2, 4), (0, 1)]
+    assert [(e.row, dataset.line(e.row)) for e in examples] == [(3, 6), (0, 1), (2, 4), (0, 1)]
     for example in examples:
         assert example.tokens.tolist() == expected[example.row].tokens.tolist()
         assert example.loss_mask.tolist() == expected[example.row].loss_mask.tolist()
@@ -96,7 +96,7 @@ def test_all_kinds_of_files_give_the_same_examples(tmp_path, tokenizer):
         assert dataset.facts.fingerprint == opened[0].facts.fingerprint
         for one, other in zip(first, dataset.examples(range(5)), strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
-            assert one.line == other.line
+            assert dataset.line(one.row) == opened[0].line(other.row)
 
 
 def test_a_limit_takes_the_first_rows_and_looks_at_no_other(tmp_path, tokenizer):
@@ -254,7 +254,7 @@ def test_an_interrupted_run_streams_the_rows_of_an_uninterrupted_one(tmp_path, t
         for step in range(first, last):
             epoch, start, stop = rows_of_step(step, len(dataset), 4)
             order.append(Permutation(5, epoch, len(dataset)).slice(start, stop).tolist())
-        return [example.line for step in prefetch(dataset, order, window=7) for example in step]
+        return [example.row for step in prefetch(dataset, order, window=7) for example in step]
 
     whole = streamed(0, steps)
     cuts = [0, 1, 2, 5, 9, 11, 13, 16, steps]

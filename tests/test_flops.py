@@ -82,7 +82,7 @@ def _products(function: Any, *arguments: Any) -> int:
     return total
 
 
-def _rows(lengths: Sequence[int], targets: Sequence[int], prefix: int) -> list[batching.Row]:
+def _rows(lengths: Sequence[int], targets: Sequence[int], prefix: int) -> list[batching.Example]:
     """Rows with a common prefix and their last so many tokens as targets."""
     random = np.random.default_rng(0)
     shared = random.integers(0, 50, prefix)
@@ -91,7 +91,7 @@ def _rows(lengths: Sequence[int], targets: Sequence[int], prefix: int) -> list[b
         own = random.integers(0, 50, length - prefix)
         own[0] = i  # the prefix ends here
         mask = np.arange(length) >= length - count
-        rows.append(batching.Row(np.concatenate([shared, own]).astype(np.int32), mask))
+        rows.append(batching.Example(np.concatenate([shared, own]).astype(np.int32), mask))
     return rows
 
 
@@ -114,18 +114,18 @@ def _counted(trainer: Trainer, step: batching.Step) -> int:
         mx.eval(past)
         total += _products(lambda tokens: [*chain(*prefix_states(trainer.model, tokens))], prefix)
     for batch in step.micro_batches:
-        outside, debt = past if batch.past else [], past if batch.prefix else []
-        gradients = partial(_gradients, trainer, outside, Layout.of(batch), debt)
+        outside, carried = past if batch.past else [], past if batch.prefix else []
+        gradients = partial(_gradients, trainer, outside, Layout.of(batch), carried)
         total += _products(gradients, trainer.state.parameters)
     return total
 
 
 def _gradients(
-    trainer: Trainer, outside: Any, layout: Layout, debt: Any, parameters: mx.array
+    trainer: Trainer, outside: Any, layout: Layout, carried: Any, parameters: mx.array
 ) -> list[mx.array]:
     factors = trainer.shapes.unflatten(parameters)
-    (_, loss), (gradients, owed) = trainer._gradients(factors, outside, layout, debt)
-    return [loss, *gradients.values(), *chain(*owed)]
+    (_, loss), (gradients, of_past) = trainer._gradients(factors, outside, layout, carried)
+    return [loss, *gradients.values(), *chain(*of_past)]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_counted_flops_are_those_of_the_products_that_run(
     micro_batch_tokens: int,
 ) -> None:
     trainer = _trainer(config, targets, num_layers, micro_batch_tokens)
-    step = trainer.cut(_rows(lengths, [3 + i for i in range(len(lengths))], prefix))
+    step = trainer.make_micro_batches(_rows(lengths, [3 + i for i in range(len(lengths))], prefix))
     adapters = flops.Adapters(3, targets, num_layers)
     counted = flops.step_flops(flops.Shape.from_config(config), step, adapters)
     assert counted.total == _counted(trainer, step)
@@ -161,7 +161,7 @@ def test_counted_flops_are_those_of_the_products_that_run(
 
 def test_checkpointing_runs_the_forward_again_but_for_the_down_projections() -> None:
     trainer = _trainer(CONFIG, ("q_proj", "down_proj"), 3, 100)
-    step = trainer.cut(_rows((30, 21), (3, 4), 12))
+    step = trainer.make_micro_batches(_rows((30, 21), (3, 4), 12))
     (batch,) = step.micro_batches
     layout = Layout.of(batch)
 
@@ -186,7 +186,7 @@ def test_checkpointing_runs_the_forward_again_but_for_the_down_projections() -> 
 def test_a_step_of_the_1_5b_shape_costs_what_was_measured_by_hand(shared: Path) -> None:
     config = json.loads((shared / "qwen2.5-coder" / "config-1.5B.json").read_text())
     rows = _rows([110] * 8, [56] * 8, 24)
-    step = batching.cut(rows, 4096)
+    step = batching.make_micro_batches(rows, 4096)
     adapters = flops.Adapters(8, ("q_proj", "k_proj", "v_proj", "o_proj"), 28)
     counted = flops.step_flops(flops.Shape.from_config(config), step, adapters)
     # 517 GFLOP a row, counted as 4 x parameters a token; rows of one length differ a little.

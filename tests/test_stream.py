@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner.data.dataset import Example
 from mlx_tuner.data.stream import prefetch
+from mlx_tuner.engine.batching import Example
 
 
 class FakeDataset:
@@ -26,7 +26,7 @@ class FakeDataset:
         if self.fails_at in positions:
             raise ValueError(f"row {self.fails_at}")
         nothing = np.zeros(0, np.int32)
-        return [Example(nothing, nothing.astype(bool), row, row + 1) for row in positions]
+        return [Example(nothing, nothing.astype(bool), row) for row in positions]
 
 
 @pytest.fixture(autouse=True)

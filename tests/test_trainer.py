@@ -14,7 +14,7 @@ from mlx_lm.tuner.trainer import default_loss
 from tiny import BASE, FAMILIES, plain_loss, random_rows, relative_error, tiny_model
 
 from mlx_tuner.engine import batching, lora
-from mlx_tuner.engine.batching import Row, ShapeTable
+from mlx_tuner.engine.batching import Example, ShapeTable
 from mlx_tuner.engine.forward import Layout, head_of, hidden_at_targets, is_flat
 from mlx_tuner.engine.loss import linear_cross_entropy
 from mlx_tuner.engine.trainer import Trainer, train
@@ -24,7 +24,7 @@ LENGTHS = [2, 30, 3, 17, 9, 25, 2, 11]
 
 
 def sums(trainer, rows, number=0):
-    loss, gradient = trainer.sum_of_micro_batches(trainer.cut(rows), number)
+    loss, gradient = trainer.sum_of_micro_batches(trainer.make_micro_batches(rows), number)
     mx.eval(loss, gradient)
     return loss.item(), trainer.shapes.unflatten(gradient)
 
@@ -66,7 +66,7 @@ def test_one_row_and_equal_rows_are_exact():
 
 def test_a_row_that_starts_another_is_exact():
     long = random_rows([30], mask_prompt=False)[0]
-    assert_exact(MODEL, [long, Row(long.tokens[:12], long.loss_mask[:12])])
+    assert_exact(MODEL, [long, Example(long.tokens[:12], long.loss_mask[:12])])
 
 
 @given(
@@ -117,7 +117,7 @@ def test_padding_to_a_shape_changes_nothing(prefix, micro_batch_tokens):
     truth, gradients = plain_loss(MODEL, rows)
     trainer = Trainer(MODEL, micro_batch_tokens=micro_batch_tokens)
     trainer._table, trainer._compiled = ShapeTable(), trainer._gradients
-    step = trainer.cut(rows)
+    step = trainer.make_micro_batches(rows)
     assert all(batch.bucketed for batch in step.micro_batches)
     loss, ours = sums(trainer, rows)
     assert loss == pytest.approx(truth, rel=1e-6)
@@ -142,10 +142,10 @@ def test_a_compiled_pass_gives_the_same_updates(monkeypatch):
 
 def test_changing_a_row_changes_no_other_rows_hidden_states():
     rows = random_rows(LENGTHS, mask_prompt=False)
-    changed = [Row((rows[1].tokens + 1) % 64, rows[1].loss_mask)]
+    changed = [Example((rows[1].tokens + 1) % 64, rows[1].loss_mask)]
 
     def states(rows):
-        batch = batching.cut(rows, 10_000, share_prefix=False).micro_batches[0]
+        batch = batching.make_micro_batches(rows, 10_000, share_prefix=False).micro_batches[0]
         hidden, _ = hidden_at_targets(MODEL, Layout.of(batch))
         return np.array(hidden)
 
@@ -289,7 +289,7 @@ def test_only_sixteen_shapes_are_ever_compiled_for():
     waste = []
     for _ in range(200):
         rows = random_rows(rng.integers(20, 300, 8).tolist(), seed=int(rng.integers(1000)))
-        step = batching.cut(rows, 10**6, share_prefix=False, group_overhead=2**40)
+        step = batching.make_micro_batches(rows, 10**6, share_prefix=False, group_overhead=2**40)
         batch = table.fit(step.micro_batches[0])
         waste.append(len(batch.tokens) / batch.real_tokens)
     assert len(table.shapes) <= 16
@@ -352,7 +352,7 @@ def test_a_target_of_vanishing_probability_has_its_exact_loss():
 
 def test_micro_batches_hold_no_more_tokens_than_allowed_and_each_row_once():
     rows = random_rows([40, 3, 22, 9, 17, 30], prefix=10)
-    step = batching.cut(rows, 50)
+    step = batching.make_micro_batches(rows, 50)
     assert all(len(batch.tokens) + batch.past <= 50 for batch in step.micro_batches)
     assert sum(batch.real_tokens for batch in step.micro_batches) == 10 + sum(
         row.inputs - 10 for row in rows

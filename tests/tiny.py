@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_tuner.engine import lora
-from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.models.model import skeleton
 
 VOCABULARY = 64
@@ -88,7 +88,7 @@ def set_adapter(model: nn.Module, factors: Mapping[str, mx.array]) -> None:
 
 def random_rows(
     lengths: Sequence[int], *, prefix: int = 0, seed: int = 0, mask_prompt: bool = True
-) -> list[Row]:
+) -> list[Example]:
     """Rows that share ``prefix`` tokens, then have ``lengths`` of their own, each with a target."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, VOCABULARY, prefix)
@@ -101,12 +101,12 @@ def random_rows(
             mask[rng.integers(max(prefix, 1), len(tokens)) :] = True
         else:
             mask[1:] = True
-        rows.append(Row(tokens, mask))
+        rows.append(Example(tokens, mask))
     return rows
 
 
 def plain_loss(
-    model: nn.Module, rows: Sequence[Row], dtype: mx.Dtype = mx.float32
+    model: nn.Module, rows: Sequence[Example], dtype: mx.Dtype = mx.float32
 ) -> tuple[float, dict[str, mx.array]]:
     """Summed loss and its gradient, one row at a time through mlx-lm's own forward pass."""
 

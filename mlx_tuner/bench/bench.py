@@ -180,7 +180,10 @@ def against_baseline(work: Workload, training: Training) -> dict[str, Any]:
         assert shape is not None
         rows = synthetic.rows(JOB_ROWS, shape.vocabulary)
         starts = range(0, len(rows), JOB_BATCH_SIZE)
-        steps = [batching.cut(rows[i : i + JOB_BATCH_SIZE], memory.LARGEST) for i in starts]
+        steps = [
+            batching.make_micro_batches(rows[i : i + JOB_BATCH_SIZE], memory.LARGEST)
+            for i in starts
+        ]
         a_row = sum(count_flops(shape, step) for step in steps) / len(rows)
         samples = training.tflops * 1e12 / a_row if training.tflops else None
     return {

@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.batching import Example
 
 MAX_SEQ_LENGTH = 2048
 """mlx-lm's default."""
@@ -52,7 +52,7 @@ class MlxLmTrainer:
         self._step = step
         mx.eval(self._state)
 
-    def step(self, rows: Sequence[Row]) -> tuple[float, int]:
+    def step(self, rows: Sequence[Example]) -> tuple[float, int]:
         """One update, with the prompts masked.
 
         Returns:

@@ -18,15 +18,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.generate import generate_step
 
-from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
 from mlx_tuner.bench.peer import MlxLmTrainer
 from mlx_tuner.bench.workload import LEARNING_RATE, RANK, SCALE, TARGET_MODULES, Workload
-from mlx_tuner.data.dataset import Example
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine import lora
-from mlx_tuner.engine.batching import Row, Step
+from mlx_tuner.engine.batching import Example, Step
 from mlx_tuner.engine.forward import KeysValues
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.runs.metrics import Meter
@@ -124,31 +122,31 @@ class WatchedTrainer(Trainer):
 
     stopwatch: Stopwatch | None = None
 
-    def cut(self, rows: Sequence[Row]) -> Step:
+    def make_micro_batches(self, rows: Sequence[Example]) -> Step:
         """The rows of one step as micro-batches."""
-        step = super().cut(rows)
+        step = super().make_micro_batches(rows)
         if self.stopwatch:
             self.stopwatch.lap("data")
         return step
 
-    def start(self, loss: mx.array, gradient: mx.array, debt: list[KeysValues]) -> None:
+    def start(self, loss: mx.array, gradient: mx.array, prefix_gradients: list[KeysValues]) -> None:
         """Compute a micro-batch: at once in the background, or phase by phase."""
         if self.stopwatch is None:
-            super().start(loss, gradient, debt)
+            super().start(loss, gradient, prefix_gradients)
             return
         self.stopwatch.lap("graph")
         mx.eval(loss)
         self.stopwatch.lap("forward")
-        mx.eval(gradient, debt)
+        mx.eval(gradient, prefix_gradients)
         self.stopwatch.lap("backward")
 
 
 class Given:
     """Rows that are token ids already, as `prefetch` asks for them."""
 
-    def __init__(self, batches: Sequence[Sequence[Row]]) -> None:
+    def __init__(self, batches: Sequence[Sequence[Example]]) -> None:
         rows = [row for batch in batches for row in batch]
-        self._rows = [Example(*row, row=i, line=i + 1) for i, row in enumerate(rows)]
+        self._rows = [row._replace(row=i) for i, row in enumerate(rows)]
         ends = list(accumulate(map(len, batches), initial=0))
         self.steps = [range(*pair) for pair in pairwise(ends)]
 
@@ -157,13 +155,13 @@ class Given:
         return [self._rows[position] for position in positions]
 
 
-def steps_of_a_run(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Iterator[None]:
+def steps_of_a_run(trainer: Trainer, batches: Sequence[Sequence[Example]]) -> Iterator[None]:
     """A pass over the batches as a run makes it, rows from its thread, a log line a step.
 
     Yields before and after each log line.
     """
     given = Given(batches)
-    rows = map(assembly.to_rows, prefetch(given, given.steps))
+    rows = prefetch(given, given.steps)
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "metrics.jsonl"
@@ -177,7 +175,7 @@ def steps_of_a_run(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Iterat
             yield
 
 
-def train_pass(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Measures:
+def train_pass(trainer: Trainer, batches: Sequence[Sequence[Example]]) -> Measures:
     """Speed and peak memory of one pass over the batches."""
     mx.reset_peak_memory()
     start = time.perf_counter()
@@ -186,7 +184,7 @@ def train_pass(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> Measures:
     return _speeds(batches, time.perf_counter() - start)
 
 
-def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
+def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Example]]) -> Measures:
     """One pass over the batches that waits after each phase: seconds a step of each, and of all."""
     start = end = time.perf_counter()
     watch = trainer.stopwatch = Stopwatch()
@@ -200,7 +198,7 @@ def phase_pass(trainer: WatchedTrainer, batches: Sequence[Sequence[Row]]) -> Mea
     return {phase: spent / len(batches) for phase, spent in watch.seconds.items()}
 
 
-def _speeds(batches: Sequence[Sequence[Row]], seconds: float) -> Measures:
+def _speeds(batches: Sequence[Sequence[Example]], seconds: float) -> Measures:
     rows = [row for batch in batches for row in batch]
     return {
         "samples_per_second": len(rows) / seconds,
@@ -279,7 +277,7 @@ def peer_of(model: nn.Module) -> MlxLmTrainer:
     )
 
 
-def peer_pass(peer: MlxLmTrainer, batches: Sequence[Sequence[Row]]) -> Measures:
+def peer_pass(peer: MlxLmTrainer, batches: Sequence[Sequence[Example]]) -> Measures:
     """One pass of mlx-lm's trainer over the batches."""
     mx.reset_peak_memory()
     start = time.perf_counter()

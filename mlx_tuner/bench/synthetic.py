@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_tuner.engine.batching import Row
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.models import model as models
 
@@ -97,7 +97,7 @@ def twin(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return other
 
 
-def rows(count: int, vocabulary: int, *, length: int | None = None, seed: int = 0) -> list[Row]:
+def rows(count: int, vocabulary: int, *, length: int | None = None, seed: int = 0) -> list[Example]:
     """Rows of random tokens with the lengths of CodeAlpaca-20k in Qwen2.5's chat template.
 
     A row is a prefix of 24 tokens that all rows share; a prompt of its own, log-normal (mean of
@@ -120,5 +120,5 @@ def rows(count: int, vocabulary: int, *, length: int | None = None, seed: int = 
             prompt = max(1, length - answer - PREFIX_TOKENS)
         own = random.integers(0, vocabulary, prompt + answer)
         tokens = np.concatenate([shared, own]).astype(np.int32)[:length]
-        made.append(Row(tokens, np.arange(len(tokens)) >= len(tokens) - answer))
+        made.append(Example(tokens, np.arange(len(tokens)) >= len(tokens) - answer))
     return made

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.engine import batching, flops, lora, memory
-from mlx_tuner.engine.batching import Row, Step
+from mlx_tuner.engine.batching import Example, Step
 from mlx_tuner.engine.forward import is_flat
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, ModelError, UsageError
@@ -83,7 +83,7 @@ class Subject:
     config: dict[str, Any]
     folder: Path | None
     """Of its weights; random ones without."""
-    batches: list[list[Row]]
+    batches: list[list[Example]]
     notes: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
@@ -134,7 +134,7 @@ class Subject:
         """About how long a step takes here, from its FLOPs."""
         if not (shape := dense_shape(self.config)):
             return 0.0
-        steps = [batching.cut(batch, memory.LARGEST) for batch in self.batches]
+        steps = [batching.make_micro_batches(batch, memory.LARGEST) for batch in self.batches]
         count = sum(count_flops(shape, step) for step in steps) / len(steps)
         return count / (EFFICIENCY * gemm * 1e12)
 
@@ -250,7 +250,9 @@ def describe(subject: Subject, trainer: Trainer, settings: Settings) -> Workload
     """The workload as it was cut into steps."""
     # Counted without the padding that compiled shapes add: that is no work anybody asked for.
     steps = [
-        batching.cut(batch, trainer.micro_batch_tokens, share_prefix=is_flat(trainer.model))
+        batching.make_micro_batches(
+            batch, trainer.micro_batch_tokens, share_prefix=is_flat(trainer.model)
+        )
         for batch in subject.batches
     ]
     shape = dense_shape(subject.config)

@@ -23,8 +23,9 @@ from rich.text import Text
 
 from mlx_tuner import assembly
 from mlx_tuner.commands.inspect_data import recipe_for
-from mlx_tuner.data.dataset import Dataset, Example, shared_rows
+from mlx_tuner.data.dataset import Dataset, shared_rows
 from mlx_tuner.data.encode import END, HEADER, START
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, TunerError, UsageError

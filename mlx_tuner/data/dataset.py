@@ -28,6 +28,7 @@ from mlx_tuner.data.encode import Encoded, Encoder, LongRowPolicy
 from mlx_tuner.data.index import RowFile, open_rows
 from mlx_tuner.data.order import in_validation
 from mlx_tuner.data.rows import parse_row
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import DataError, Fault
 from mlx_tuner.system import cache
 from mlx_tuner.words import plural
@@ -47,20 +48,6 @@ _TEMPLATE_TOKENS = 256
 """More than a ChatML template adds to a row beyond the bytes that its JSON takes."""
 
 _BATCH_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as the model sees it."""
-
-    tokens: np.ndarray
-    """Token ids, int32, shape (n,)."""
-    loss_mask: np.ndarray
-    """Whether a token is a target, bool, shape (n,); the first token never is."""
-    row: int
-    """Its number in the file, from 0."""
-    line: int
-    """The line of the file that it begins on, from 1."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +166,10 @@ class Dataset:
         encoded = self._reader.encode([self._row(position) for position in positions])
         return [self._example(*pair) for pair in zip(positions, encoded, strict=True)]
 
+    def line(self, row: int) -> int:
+        """The line of the file, from 1, that row number `row` (`Example.row`) begins on."""
+        return self._file.line(row)
+
     @property
     def byte_lengths(self) -> np.ndarray:
         """Bytes of each usable row in the file: int64, shape (len,)."""
@@ -234,8 +225,7 @@ class Dataset:
     def _example(self, position: int, encoded: Encoded) -> Example:
         for _ in range(len(self)):
             if encoded.problem is None:
-                row = self._row(position)
-                return Example(encoded.tokens, encoded.loss_mask, row, self._file.line(row))
+                return Example(encoded.tokens, encoded.loss_mask, self._row(position))
             self.replaced_rows += 1
             position = (position + 1) % len(self)
             (encoded,) = self._reader.encode([self._row(position)])

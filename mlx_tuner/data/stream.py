@@ -8,7 +8,7 @@ from itertools import chain, islice
 from queue import Empty, Queue
 from typing import Protocol
 
-from mlx_tuner.data.dataset import Example
+from mlx_tuner.engine.batching import Example
 
 WINDOW_ROWS = 128
 """Rows that are encoded at once: enough to keep all cores busy."""

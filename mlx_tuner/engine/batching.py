@@ -22,11 +22,15 @@ MIN_SHARED_PREFIX = 8
 """Tokens; a shorter prefix is not worth a second set of keys."""
 
 
-class Row(NamedTuple):
-    """One training row: its tokens (n,) and which of them carry loss (n,), the first never."""
+class Example(NamedTuple):
+    """A row as the model sees it."""
 
     tokens: np.ndarray
+    """(n,) token ids, int32."""
     loss_mask: np.ndarray
+    """(n,) whether a token is a target, bool; the first token never is."""
+    row: int = 0
+    """Its number in the file, from 0."""
 
     @property
     def inputs(self) -> int:
@@ -46,9 +50,9 @@ class MicroBatch:
     """Tokens of a prefix that was computed elsewhere and is only attended to."""
     groups: tuple[tuple[int, int], ...]
     """``(R, T)`` of each attention group, in the order of their slots."""
-    slot_token: np.ndarray
+    token_of_slot: np.ndarray
     """(S,) the flat position of each slot's token; N where the slot is padding."""
-    token_slot: np.ndarray
+    slot_of_token: np.ndarray
     """(N,) the slot of each flat token."""
     sources: np.ndarray
     """(M,) flat positions of the hidden states that predict a target."""
@@ -62,7 +66,7 @@ class MicroBatch:
     @property
     def real_tokens(self) -> int:
         """Tokens that are some row's, not padding."""
-        return int((self.slot_token < len(self.tokens)).sum())
+        return int((self.token_of_slot < len(self.tokens)).sum())
 
     @property
     def shape(self) -> Shape:
@@ -147,20 +151,20 @@ def pad(batch: MicroBatch, shape: Shape) -> MicroBatch:
     """The same micro-batch in a larger shape; no padding is attended to or has a target."""
     flat, ((rows, longest),) = len(batch.tokens), batch.groups
     slots = np.full((shape.rows, shape.longest), flat, np.int32)
-    slots[:rows, :longest] = batch.slot_token[batch.prefix :].reshape(rows, longest)
-    slot_token = np.concatenate([batch.slot_token[: batch.prefix], slots.ravel()])
-    used = np.flatnonzero(slot_token < flat)
+    slots[:rows, :longest] = batch.token_of_slot[batch.prefix :].reshape(rows, longest)
+    token_of_slot = np.concatenate([batch.token_of_slot[: batch.prefix], slots.ravel()])
+    used = np.flatnonzero(token_of_slot < flat)
     # Padding tokens share an empty slot: zero goes in, nothing real comes out of it.
-    token_slot = np.full(shape.tokens, batch.prefix + longest, np.int32)
-    token_slot[slot_token[used]] = used
-    slot_token[slot_token == flat] = shape.tokens
+    slot_of_token = np.full(shape.tokens, batch.prefix + longest, np.int32)
+    slot_of_token[token_of_slot[used]] = used
+    token_of_slot[token_of_slot == flat] = shape.tokens
     more = (0, shape.targets - len(batch.targets))
     return replace(
         batch,
         tokens=np.pad(batch.tokens, (0, shape.tokens - flat)),
         groups=((shape.rows, shape.longest),),
-        slot_token=slot_token,
-        token_slot=token_slot,
+        token_of_slot=token_of_slot,
+        slot_of_token=slot_of_token,
         sources=np.pad(batch.sources, more),
         targets=np.pad(batch.targets, more),
         weights=np.pad(batch.weights, more),
@@ -176,8 +180,8 @@ def longest_common_prefix(rows: Sequence[np.ndarray]) -> int:
     return int(shortest if same.all() else same.argmin())
 
 
-def cut(
-    rows: Sequence[Row],
+def make_micro_batches(
+    rows: Sequence[Example],
     micro_batch_tokens: int,
     *,
     share_prefix: bool = True,
@@ -203,7 +207,7 @@ def cut(
         prefix = min(longest_common_prefix([row.tokens for row in rows]), shortest)
         prefix = prefix // prefix_unit * prefix_unit if prefix >= MIN_SHARED_PREFIX else 0
     longest_first = sorted(rows, key=lambda row: -row.inputs)
-    parts: list[list[Row]] = [[]]
+    parts: list[list[Example]] = [[]]
     room = micro_batch_tokens - prefix
     for row in longest_first:
         own = row.inputs - prefix
@@ -226,10 +230,10 @@ def cut(
 
 
 def lay_out(
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     prefix: int,
     group_overhead: int,
-    holds_prefix: Sequence[Row] | None,
+    holds_prefix: Sequence[Example] | None,
 ) -> MicroBatch:
     """Lay rows, longest first, out as a micro-batch.
 
@@ -245,19 +249,19 @@ def lay_out(
     groups = group(lengths, prefix, group_overhead)
     flat = int(starts[-1])
 
-    slot_token = [np.arange(inside, dtype=np.int32)]
+    token_of_slot = [np.arange(inside, dtype=np.int32)]
     first = 0
     for count, longest in groups:
         slots = np.full((count, longest), flat, np.int32)
         for r in range(count):
             length = lengths[first + r]
             slots[r, :length] = np.arange(starts[first + r], starts[first + r] + length)
-        slot_token.append(slots.ravel())
+        token_of_slot.append(slots.ravel())
         first += count
-    slots_all = np.concatenate(slot_token)
+    slots_all = np.concatenate(token_of_slot)
     used = np.flatnonzero(slots_all < flat)
-    token_slot = np.empty(flat, np.int32)
-    token_slot[slots_all[used]] = used
+    slot_of_token = np.empty(flat, np.int32)
+    slot_of_token[slots_all[used]] = used
 
     sources, targets, weights = _targets(rows, starts, prefix, holds_prefix)
     return MicroBatch(
@@ -265,8 +269,8 @@ def lay_out(
         prefix=inside,
         past=prefix - inside,
         groups=groups,
-        slot_token=slots_all,
-        token_slot=token_slot,
+        token_of_slot=slots_all,
+        slot_of_token=slot_of_token,
         sources=sources,
         targets=targets,
         weights=weights,
@@ -274,7 +278,7 @@ def lay_out(
 
 
 def _targets(
-    rows: Sequence[Row], starts: np.ndarray, prefix: int, holds_prefix: Sequence[Row] | None
+    rows: Sequence[Example], starts: np.ndarray, prefix: int, holds_prefix: Sequence[Example] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sources, targets and weights; equal (source, target) pairs of the prefix count as one."""
     sources, targets = [], []

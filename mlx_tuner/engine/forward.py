@@ -31,8 +31,8 @@ class Layout(NamedTuple):
     """A `MicroBatch` on the device; the numbers that decide shapes stay Python's."""
 
     tokens: mx.array
-    slot_token: mx.array
-    token_slot: mx.array
+    token_of_slot: mx.array
+    slot_of_token: mx.array
     sources: mx.array
     targets: mx.array
     weights: mx.array
@@ -44,8 +44,8 @@ class Layout(NamedTuple):
     def of(cls, batch: MicroBatch) -> Layout:
         return cls(
             mx.array(batch.tokens),
-            mx.array(batch.slot_token),
-            mx.array(batch.token_slot),
+            mx.array(batch.token_of_slot),
+            mx.array(batch.slot_of_token),
             mx.array(batch.sources),
             mx.array(batch.targets),
             mx.array(batch.weights),
@@ -86,7 +86,7 @@ def hidden_at_targets(
     if not is_flat(model):
         return _padded_hidden(model, layout, checkpointing=checkpointing), []
     x = model.model.embed_tokens(layout.tokens)
-    slots = Slots(layout.slot_token, layout.token_slot)
+    slots = Slots(layout.token_of_slot, layout.slot_of_token)
     inside = []
     for i, block in enumerate(model.layers):
         last = i == len(model.layers) - 1
@@ -143,7 +143,7 @@ def _block(
     if sources is None:
         out = slots.gather(out)
     else:
-        x, out = x[sources], out[layout.token_slot[sources]]
+        x, out = x[sources], out[layout.slot_of_token[sources]]
     return _rest_of_block(block, x, out), *(past if layout.prefix else ())
 
 
@@ -199,15 +199,15 @@ class Slots:
     (MLX would differentiate a gather by a scatter-add, which is slow, and on a GPU atomic.)
     """
 
-    def __init__(self, slot_token: mx.array, token_slot: mx.array) -> None:
-        real = (slot_token < token_slot.shape[0])[:, None]
-        slot_token = mx.where(real[:, 0], slot_token, 0)
+    def __init__(self, token_of_slot: mx.array, slot_of_token: mx.array) -> None:
+        real = (token_of_slot < slot_of_token.shape[0])[:, None]
+        token_of_slot = mx.where(real[:, 0], token_of_slot, 0)
 
         def fill(x: mx.array) -> mx.array:
-            return mx.where(real, x[slot_token], 0)
+            return mx.where(real, x[token_of_slot], 0)
 
         def gather(x: mx.array) -> mx.array:
-            return x[token_slot]
+            return x[slot_of_token]
 
         self.fill = mx.custom_function(fill)
         self.gather = mx.custom_function(gather)
@@ -281,13 +281,13 @@ def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., A
 def _padded_hidden(model: nn.Module, layout: Layout, *, checkpointing: bool) -> mx.array:
     """Hidden states (M, D) of a family that only mlx-lm knows how to run, a group a pass."""
     language = getattr(model, "language_model", model)
-    tokens = Slots(layout.slot_token, layout.token_slot).fill(layout.tokens[:, None])[:, 0]
+    tokens = Slots(layout.token_of_slot, layout.slot_of_token).fill(layout.tokens[:, None])[:, 0]
     states = []
     with _checkpointed_blocks(language.model, checkpointing):
         for part, shape in zip(_split(tokens, layout)[1:], layout.groups, strict=True):
             out = language.model(part.reshape(shape))
             states.append(out.flatten(0, 1))
-    return mx.concatenate(states)[layout.token_slot[layout.sources]]
+    return mx.concatenate(states)[layout.slot_of_token[layout.sources]]
 
 
 @contextmanager

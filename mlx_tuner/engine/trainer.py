@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_tuner.engine import batching, lora, optimizer
-from mlx_tuner.engine.batching import Row, ShapeTable, Step
+from mlx_tuner.engine.batching import Example, ShapeTable, Step
 from mlx_tuner.engine.forward import (
     KeysValues,
     Layout,
@@ -99,10 +99,10 @@ class Trainer:
         """The factors as they are now, fp32 arrays by name."""
         return self.shapes.unflatten(self.state.parameters)
 
-    def cut(self, rows: Sequence[Row]) -> Step:
+    def make_micro_batches(self, rows: Sequence[Example]) -> Step:
         """The rows of one step as micro-batches."""
         flat, compiled = is_flat(self.model), self._table is not None
-        step = batching.cut(
+        step = batching.make_micro_batches(
             rows,
             self.micro_batch_tokens,
             # With dropout, rows draw masks of their own also for the tokens that they share.
@@ -130,9 +130,9 @@ class Trainer:
         )
         return tuple(results)
 
-    def rehearse(self, rows: Sequence[Row]) -> None:
+    def rehearse(self, rows: Sequence[Example]) -> None:
         """Run a step's largest micro-batch and drop the result: out of memory now or never."""
-        step = self.cut(rows)
+        step = self.make_micro_batches(rows)
         largest = replace(step, micro_batches=step.micro_batches[:1])
         mx.eval(self.sum_of_micro_batches(largest, 0))
 
@@ -141,40 +141,40 @@ class Trainer:
         self.model.train()
         parameters = self.adapter
         past = self._prefix_states(step)
-        debt = tree_map(mx.zeros_like, past)
+        prefix_gradients = tree_map(mx.zeros_like, past)
         losses, total = [], mx.zeros_like(self.state.parameters)
         for i, batch in enumerate(step.micro_batches):
             outside = past if batch.past else []
-            repay = debt if batch.prefix else []
+            carried = prefix_gradients if batch.prefix else []
             gradients_of = self._compiled if batch.bucketed else self._gradients
-            (_, loss), (gradients, owed) = gradients_of(
-                parameters, outside, Layout.of(batch), repay, self._dropout_key(number, i)
+            (_, loss), (gradients, of_past) = gradients_of(
+                parameters, outside, Layout.of(batch), carried, self._dropout_key(number, i)
             )
             total = total + self.shapes.flatten(gradients)
             if outside:
-                debt = tree_map(mx.add, debt, owed)
+                prefix_gradients = tree_map(mx.add, prefix_gradients, of_past)
             losses.append(loss)
-            self.start(loss, total, debt)
+            self.start(loss, total, prefix_gradients)
         self._set(parameters)
         return mx.stack(losses).sum(), total
 
-    def start(self, loss: mx.array, gradient: mx.array, debt: list[KeysValues]) -> None:
+    def start(self, loss: mx.array, gradient: mx.array, prefix_gradients: list[KeysValues]) -> None:
         """Start on a micro-batch while the next one's graph is built. (A bench waits instead.)"""
-        mx.async_eval(gradient, loss, debt)
+        mx.async_eval(gradient, loss, prefix_gradients)
 
     def _loss(
         self,
         parameters: dict[str, mx.array],
         past: list[KeysValues],
         layout: Layout,
-        debt: list[KeysValues],
+        prefix_gradients: list[KeysValues],
         dropout_key: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """What to differentiate, and the micro-batch's summed loss.
 
-        Micro-batches that only attend to the prefix leave a ``debt``: the gradient of their loss
-        with respect to its keys and values. The one that holds the prefix adds their product,
-        whose gradient carries the debt through the prefix's own computation.
+        Micro-batches that only attend to the prefix leave ``prefix_gradients``: the gradient of
+        their loss with respect to its keys and values. The one that holds the prefix adds the
+        product of both, whose gradient goes on through the prefix's own computation.
         """
         self._set(parameters)
         if dropout_key is not None:
@@ -184,11 +184,11 @@ class Trainer:
             self.model, layout, past, checkpointing=self.checkpointing
         )
         loss = linear_cross_entropy(hidden, head_of(self.model), layout.targets, layout.weights)
-        owed = mx.zeros(())
-        for own, other in zip(inside, debt, strict=False):
-            for a, b in zip(own, other, strict=True):
-                owed = owed + (a * b).astype(mx.float32).sum()
-        return loss + owed, loss
+        others = mx.zeros(())
+        for own, gradients in zip(inside, prefix_gradients, strict=False):
+            for a, b in zip(own, gradients, strict=True):
+                others = others + (a * b).astype(mx.float32).sum()
+        return loss + others, loss
 
     def _prefix_states(self, step: Step) -> list[KeysValues]:
         """Keys and values of a prefix that several micro-batches attend to."""
@@ -215,13 +215,15 @@ class Trainer:
     def _set(self, parameters: dict[str, mx.array]) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))
 
-    def evaluate(self, batches: Iterable[Sequence[Row]]) -> float:
+    def evaluate(self, batches: Iterable[Sequence[Example]]) -> float:
         """Mean loss over the target tokens of all rows, without dropout."""
         self.model.eval()
         parameters = self.adapter
         total, targets = 0.0, 0
         for rows in batches:
-            step = batching.cut(rows, self.micro_batch_tokens, share_prefix=is_flat(self.model))
+            step = batching.make_micro_batches(
+                rows, self.micro_batch_tokens, share_prefix=is_flat(self.model)
+            )
             past = self._prefix_states(step)
             losses = [
                 self._loss(parameters, past if batch.past else [], Layout.of(batch), [])[1]
@@ -234,7 +236,7 @@ class Trainer:
 
 def train(
     trainer: Trainer,
-    batches: Iterable[Sequence[Row]],
+    batches: Iterable[Sequence[Example]],
     learning_rates: Iterable[float],
     *,
     first_step: int = 0,
@@ -246,7 +248,7 @@ def train(
     """
     clock = _Clock()
     ahead = (
-        (learning_rate, trainer.cut(rows))
+        (learning_rate, trainer.make_micro_batches(rows))
         for learning_rate, rows in zip(learning_rates, clock.waiting_for(batches), strict=False)
     )
     upcoming = next(ahead, None)
@@ -279,7 +281,7 @@ class _Clock:
     def __init__(self) -> None:
         self._last, self._waited = time.perf_counter(), 0.0
 
-    def waiting_for(self, batches: Iterable[Sequence[Row]]) -> Iterator[Sequence[Row]]:
+    def waiting_for(self, batches: Iterable[Sequence[Example]]) -> Iterator[Sequence[Example]]:
         """The batches, with the time that each one takes to come."""
         batches = iter(batches)
         while True:
