@@ -254,7 +254,8 @@ def test_an_interrupted_run_streams_the_rows_of_an_uninterrupted_one(tmp_path, t
         for step in range(first, last):
             epoch, start, stop = rows_of_step(step, len(dataset), 4)
             order.append(Permutation(5, epoch, len(dataset)).slice(start, stop).tolist())
-        return [example.row for step in prefetch(dataset, order, window=7) for example in step]
+        steps_of = prefetch(dataset, order, window=7)
+        return [dataset.line(example.row) for step in steps_of for example in step]
 
     whole = streamed(0, steps)
     cuts = [0, 1, 2, 5, 9, 11, 13, 16, steps]
