@@ -12,13 +12,13 @@ import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_tuner import finetune as finetuning
+from mlx_tuner import training
 from mlx_tuner.errors import RecipeError, RunError, UsageError
-from mlx_tuner.finetune import finetune
 from mlx_tuner.recipe.tables import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
 from mlx_tuner.show.progress import Display
+from mlx_tuner.training import finetune
 
 RECIPE = """
 [model]
@@ -248,13 +248,13 @@ def test_a_run_stops_early_and_keeps_its_best(root, tmp_path):
 def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
     root, tmp_path, monkeypatch
 ):
-    real = finetuning.train
+    real = training.train
 
     def broken(*args, **kwargs):
         for i, result in enumerate(real(*args, **kwargs)):
             yield replace(result, finite=i == 1, loss=float("nan")) if i != 1 else result
 
-    monkeypatch.setattr(finetuning, "train", broken)
+    monkeypatch.setattr(training, "train", broken)
     recipe = recipe_of(root, data__shuffle="false", train__eval_every=100)
     with pytest.raises(RunError) as error:
         run_recipe(recipe, tmp_path / "run")

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_tuner.finetune import finetune
 from mlx_tuner.models.model import resolve
 from mlx_tuner.recipe.tables import parse_recipe
 from mlx_tuner.runs.metrics import TrainRecord
 from mlx_tuner.runs.run import read_records
 from mlx_tuner.show.progress import Display
+from mlx_tuner.training import finetune
 
 ROWS, BATCH, EPOCHS = 20, 8, 7  # 8 + 8 + 4 rows an epoch, 21 steps
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

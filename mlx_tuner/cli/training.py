@@ -45,10 +45,10 @@ def run(
         _plan(loaded, as_json)
         return
     run_dir = run_dir or Path("adapters") / loaded.name
-    from mlx_tuner.finetune import finetune
     from mlx_tuner.runs.run import read_records
     from mlx_tuner.show.progress import Display
     from mlx_tuner.show.report import report
+    from mlx_tuner.training import finetune
 
     with Display() as display:
         summary = finetune(loaded, run_dir, display, resume=resume, overwrite=overwrite)
