@@ -1,3 +1,31 @@
-"""LoRA fine-tuning of Qwen models on Apple silicon, in MLX."""
+"""LoRA fine-tuning of Qwen models on Apple silicon, in MLX.
+
+    from mlx_tuner import finetune, generate, load_recipe
+
+    summary = finetune(load_recipe("mine.toml", overrides=["lora.rank=8"]), "adapters/mine")
+    print(generate(summary.run, "Write a function that sorts."))
+
+What goes wrong for a user is a `mlx_tuner.errors.TunerError`, whose text is the command line's.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_tuner.python import finetune, generate
+    from mlx_tuner.recipe.tables import Recipe, load_recipe
 
 __version__ = "0.1.0"
+__all__ = ["Recipe", "finetune", "generate", "load_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public when it is asked for: importing the package loads no MLX."""
+    if name in ("Recipe", "load_recipe"):
+        from mlx_tuner.recipe import tables
+
+        return getattr(tables, name)
+    if name in ("finetune", "generate"):
+        from mlx_tuner import python
+
+        return getattr(python, name)
+    raise AttributeError(f"module 'mlx_tuner' has no attribute {name!r}")

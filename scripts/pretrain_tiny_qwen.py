@@ -308,7 +308,7 @@ tags: [mlx, qwen2, code]
 # tiny-qwen
 
 A Qwen2-architecture language model of {record["parameters"]:,} parameters (fp32) with its own
-byte-level BPE of {VOCABULARY} tokens and a ChatML template. It ships with mlx-tuner as
+byte-level BPE of {VOCABULARY} tokens and a ChatML template. It ships with mlx-lora-tuner as
 `builtin:tiny-qwen`, so that a fine-tune can be tried, tested and watched with no network and no
 GPU. It writes what looks like small Python functions and ends its turns; it knows nothing worth
 asking for.

@@ -33,7 +33,7 @@ BELOW = {
 }
 """What each of these rooms may import of ours, beside itself; those above import what they need."""
 
-ASSEMBLY = {"assembly", "bench", "cli", "commands", "conversion", "training"}
+ASSEMBLY = {"assembly", "bench", "cli", "commands", "conversion", "python", "training"}
 """Commands, and what puts a run's parts together."""
 HEAVY = {"mlx", "mlx_lm", "transformers", "matplotlib", "huggingface_hub", "numpy", "torch"}
 

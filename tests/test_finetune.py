@@ -169,13 +169,13 @@ def stop_after(root, path, steps):
     recipe = recipe_of(root)
     code = (
         "import os, signal, sys\n"
-        "from mlx_tuner import cli, finetune\n"
-        "steps = finetune.train\n"
+        "from mlx_tuner import cli, training\n"
+        "steps = training.train\n"
         "def train(*args, **kwargs):\n"
         "    for i, result in enumerate(steps(*args, **kwargs), 1):\n"
         f"        if i == {steps}: os.kill(os.getpid(), signal.SIGTERM)\n"
         "        yield result\n"
-        "finetune.train = train\n"
+        "training.train = train\n"
         f"cli.main(['run', {str(path.parent / 'small.toml')!r}, '--run-dir', {str(path)!r}])\n"
     )
     (path.parent / "small.toml").write_text(recipe.to_toml())

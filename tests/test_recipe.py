@@ -419,7 +419,8 @@ def test_no_text_makes_anything_but_recipe_faults(text: str) -> None:
 
 def test_a_missing_file_a_folder_and_an_oversized_file_are_named(tmp_path: Path) -> None:
     assert load_faults(tmp_path / "no.toml") == [
-        f"{tmp_path}/no.toml: cannot be read (No such file or directory); give a recipe's file"
+        f"{tmp_path}/no.toml: cannot be read (No such file or directory); give a recipe's file, "
+        "or a shipped one: codealpaca, first, improved, quickstart"
     ]
     assert load_faults(tmp_path) == [f"{tmp_path}: is a directory; give a recipe's file"]
     big = tmp_path / "big.toml"

@@ -10,7 +10,7 @@ from mlx_tuner.cli.faults import Commands
 from mlx_tuner.cli.folders import convert, export, fuse, import_
 from mlx_tuner.cli.machine import bench, doctor
 from mlx_tuner.cli.results import compare, eval_, generate
-from mlx_tuner.cli.training import data, plan, run
+from mlx_tuner.cli.training import data, init, plan, recipes, run
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,6 +20,7 @@ def main() -> None:
 
 
 for command in (
+    *(recipes, init),
     *(run, plan, data),
     *(generate, eval_, compare),
     *(convert, fuse, export, import_),

@@ -1,4 +1,4 @@
-"""Before and during training: the run, its plan, its rows."""
+"""Before and during training: a recipe to begin with, the run, its plan, its rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train what RECIPE says: adapter, metrics, plots and summary."""
+    """Train what RECIPE, a file or a shipped name, says: adapter, metrics, plots and summary."""
     from mlx_tuner.recipe.tables import load_recipe
 
     if resume and overwrite:
@@ -56,6 +56,34 @@ def run(
         click.echo(json.dumps(summary.to_json(), indent=2))
     else:
         console(sys.stdout).print(report(read_records(run_dir), summary, run_dir))
+
+
+@click.command()
+def recipes() -> None:
+    """The shipped recipes, which run and plan take by name."""
+    from mlx_tuner.commands.init import listed
+
+    for recipe in listed():
+        click.echo(f"{recipe.name:<12}  {recipe.about}")
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "-o",
+    "output",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder to write into; default: the current one.",
+)
+def init(name: str, output: Path) -> None:
+    """Write the shipped recipe NAME, with its rows and every key explained, to be changed."""
+    from mlx_tuner.commands.init import init as write
+
+    recipe, *rows = write(name, output)
+    for path in (recipe, *rows):
+        click.echo(path)
+    click.echo(f"change it, then: mlx-tune run {recipe}", err=True)
 
 
 @click.command()

@@ -17,7 +17,7 @@ from mlx_tuner.words import ram
 if TYPE_CHECKING:
     from mlx_tuner.system.device import Machine, Probe
 
-DISTRIBUTION = "mlx-tuner"
+DISTRIBUTION = "mlx-lora-tuner"
 EXTRAS = {
     "cuda": "training on NVIDIA GPUs",
     "gguf": "`mlx-tune export --to gguf`",

@@ -116,7 +116,7 @@ def _require_package() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        what = "writing GGUF needs the gguf package; pip install 'mlx-tuner[gguf]'"
+        what = "writing GGUF needs the gguf package; pip install 'mlx-lora-tuner[gguf]'"
         raise UsageError(what) from None
 
 

@@ -22,7 +22,7 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from mlx_tuner.errors import Fault, RecipeError
-from mlx_tuner.recipe import peer_names
+from mlx_tuner.recipe import peer_names, shipped
 from mlx_tuner.recipe.toml_lines import NestingError, key_lines
 
 if sys.version_info >= (3, 11):
@@ -194,13 +194,16 @@ class Recipe:
         return tomli_w.dumps(tables)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
-    """Read the recipe at `path`, with `table.key=value` overrides.
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True
+) -> Recipe:
+    """Read the recipe at `path`, or the shipped one of that name, with `table.key=value` overrides.
 
     Relative paths start from the recipe's folder, those of overrides from the current directory.
     `check_paths = False` is for reading the record of a run whose data may have moved.
     Raises RecipeError with all faults.
     """
+    path = shipped.locate(Path(path))
     return parse_recipe(
         _read(path),
         source=str(path),
@@ -287,7 +290,9 @@ def _read(path: Path) -> str:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise refuse(f"cannot be read ({reason}); give a recipe's file") from None
+        names = ", ".join(shipped.recipes())
+        what = f"cannot be read ({reason}); give a recipe's file, or a shipped one: {names}"
+        raise refuse(what) from None
 
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise refuse("is UTF-16; save it as UTF-8", 1)

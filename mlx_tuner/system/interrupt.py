@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,9 +20,13 @@ class Interrupt:
 
 @contextmanager
 def deferred() -> Iterator[Interrupt]:
-    """Keep SIGINT, SIGTERM and SIGHUP while the block runs; what they did before is put back."""
+    """Keep SIGINT, SIGTERM and SIGHUP while the block runs; what they did before is put back.
+
+    Outside the main thread, where Python allows no handlers, none is kept.
+    """
     interrupt = Interrupt()
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS if main}
 
     def keep(number: int, _: FrameType | None) -> None:
         interrupt.received = signal.Signals(number)

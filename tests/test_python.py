@@ -1,0 +1,91 @@
+"""What `import mlx_tuner` offers, as a person at a prompt uses it."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mlx_tuner
+from mlx_tuner.cli import main
+from mlx_tuner.errors import RecipeError, TunerError, UsageError
+from mlx_tuner.system import interrupt
+
+STEPS = ["train.max_steps=2", "train.batch_size=2", "data.limit=4", "train.warmup_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    recipe = mlx_tuner.load_recipe("quickstart", overrides=[*STEPS, "lora.rank=2"])
+    return mlx_tuner.finetune(recipe, tmp_path_factory.mktemp("runs") / "mine")
+
+
+def test_importing_loads_no_mlx_until_a_function_is_asked_for() -> None:
+    code = (
+        "import mlx_tuner, sys\n"
+        "from mlx_tuner import load_recipe, Recipe\n"
+        "assert not {'mlx', 'matplotlib', 'transformers'} & set(sys.modules)\n"
+        "from mlx_tuner import finetune, generate\n"
+        "import mlx_tuner.training\n"
+        "assert callable(mlx_tuner.finetune) and callable(mlx_tuner.generate)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_public_is_there_and_nothing_else() -> None:
+    assert all(callable(getattr(mlx_tuner, name)) for name in mlx_tuner.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        _ = mlx_tuner.train
+
+
+def test_a_run_gives_the_numbers_of_its_summary_and_its_path(finished, capfd) -> None:
+    kept = json.loads((finished.run / "summary.json").read_text())
+    assert {name: value for name, value in vars(finished).items() if name != "run"} == kept
+    assert (finished.steps, finished.rank) == (2, 2)
+
+
+def test_nothing_is_shown_unless_it_is_asked_for(tmp_path: Path, capfd) -> None:
+    recipe = mlx_tuner.load_recipe("quickstart", overrides=STEPS)
+    mlx_tuner.finetune(recipe, tmp_path / "quiet")
+    assert capfd.readouterr() == ("", "")
+    mlx_tuner.finetune(recipe, tmp_path / "loud", progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "quickstart: 2 steps on 4 rows" in shown.err
+
+
+def test_an_answer_is_the_commands(finished) -> None:
+    said = mlx_tuner.generate(finished.run, "Add two numbers.", max_tokens=8, system="Be brief.")
+    arguments = ["generate", str(finished.run), "Add two numbers.", "--max-tokens", "8"]
+    done = CliRunner().invoke(main, [*arguments, "--system", "Be brief."])
+    assert said + "\n" == done.stdout
+
+
+def test_an_error_is_an_exception_with_the_commands_text(finished, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text('[model]\npath = "builtin:tiny-qwen"\n[lora]\nr = 8\n')
+    with pytest.raises(RecipeError) as caught:
+        mlx_tuner.load_recipe(wrong)
+    said = CliRunner().invoke(main, ["run", str(wrong)]).stderr.splitlines()
+    assert [f"mlx-tune: error: {line}" for line in str(caught.value).splitlines()] == said
+    with pytest.raises(UsageError, match="--overwrite"):
+        mlx_tuner.finetune(mlx_tuner.load_recipe("quickstart", overrides=STEPS), finished.run)
+    with pytest.raises(TunerError, match="no-such"):
+        mlx_tuner.generate(tmp_path / "no-such", "Hello")
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    """Where Python allows no handler: a server's worker, say."""
+    found = []
+
+    def work() -> None:
+        with interrupt.deferred() as signal:
+            found.append(signal.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
