@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mlx_tuner.words import printable, shortened
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -15,10 +17,12 @@ class Fault:
     """What is wrong, then what to do, parted by a semicolon."""
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.where, self.field, self.what) if part)
+        """One line; names out of somebody else's files cannot forge another (see `printable`)."""
+        parts = (self.where, self.field, self.what)
+        return ": ".join(shortened(printable(part)) for part in parts if part)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What somebody else's exception says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -35,6 +35,23 @@ def ram(size: int) -> str:
     return f"{size / 2**30:.0f} GB"
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Text out of somebody else's file for a terminal: `\x1b` as four characters, not as escape.
+
+    Characters that turn the writing direction are escaped as well; those in `keep` are not.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def shortened(text: str, length: int = 1_000) -> str:
+    """At most so many characters, of a text that may have any number."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def plural(count: int, noun: str) -> str:
     """Such as "1 row", "1,000 rows"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -21,7 +21,7 @@ MODULES = sorted(
 )
 
 BELOW = {
-    "errors": set(),
+    "errors": {"words"},
     "words": set(),
     "system": {"errors", "words"},
     "recipe": {"errors"},

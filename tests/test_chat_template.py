@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from model_folders import write_model
 
@@ -6,28 +8,59 @@ from mlx_tuner.models import chat_template
 from mlx_tuner.models.model import load_tokenizer
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+LISTS = "{% set x = range(99999)|list %}{% for i in x %}{% for j in x %}{% endfor %}{% endfor %}"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    chat_template._excess.cache_clear()
     return write_model(tmp_path / "model", num_hidden_layers=1)
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (LOOPS, "chat_template: takes over 0.3 s for two short turns"),
-        ("{{ 'x' * 2000000 }}", "chat_template: makes 2,000,000 characters"),
+        (LOOPS, "takes over 1 s or 256 MB"),
+        (LISTS, "takes over 1 s or 256 MB"),
+        ("{% if messages|length > 2 %}" + LOOPS + "{% endif %}", "takes over 1 s or 256 MB"),
+        ("{% if tools %}" + LOOPS + "{% endif %}", "takes over 1 s or 256 MB"),
+        ("{{ 'x' * 2000000 }}", "makes 2,000,000 characters"),
+        ("{{ 'x' * 20000000000 }}", "takes over 1 s or 256 MB"),
+        ("{{ 'x'|center(20000000000) }}", "takes over 1 s or 256 MB"),
     ],
 )
-def test_a_template_without_measure_is_refused(folder, monkeypatch, template, said):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+def test_a_template_without_measure_is_refused(folder, template, said):
     (folder / "chat_template.jinja").write_text(template)
+    start = time.monotonic()
     with pytest.raises(ModelError) as caught:
         load_tokenizer(folder)
-    assert str(caught.value).startswith(f"{folder}: {said}")
+    assert str(caught.value).startswith(f"{folder}: chat_template: {said}")
+    assert time.monotonic() - start < 25
 
 
-def test_a_template_that_fails_is_left_to_whoever_renders_rows(folder):
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% break %}", "{% if %}"])
+def test_a_template_that_fails_is_left_to_whoever_renders_rows(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
     assert load_tokenizer(folder).has_chat_template
+
+
+def test_every_template_of_a_folder_is_tried(folder):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(LOOPS)
+    with pytest.raises(ModelError, match="chat_template: takes over"):
+        load_tokenizer(folder)
+
+
+def test_what_the_child_renders_is_what_transformers_renders(folder):
+    """So that a template which does no harm there does none here."""
+    from mlx_tuner.models.render_child import CHATS, compiled
+
+    tokenizer = load_tokenizer(folder)
+    template = compiled(tokenizer.chat_template)
+    for chat in CHATS[:2]:
+        ours = template.render(messages=chat, tools=None, add_generation_prompt=True)
+        theirs = tokenizer._tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        assert ours == theirs

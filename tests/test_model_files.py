@@ -169,7 +169,7 @@ def test_a_broken_config_is_named_with_its_line(folder, content, said):
     assert said in one(folder)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2\n", None, 7, ["qwen2"], "../qwen2", "os"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2 ", None, 7, ["qwen2"], "../qwen2", "os"])
 def test_another_kind_of_model_is_refused_with_the_list_of_ours(folder, model_type):
     edit(folder / "config.json", model_type=model_type)
     assert f"config.json: model_type: {model_type!r} is not one of qwen2, qwen2_moe" in one(folder)
@@ -267,7 +267,7 @@ def test_the_same_tensor_in_two_shards_is_refused(folder):
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<html></html>", "HTML page"),
         (b"", "truncated"),
-        (struct.pack("<Q", 2) + b"{}x", "too long"),
+        (struct.pack("<Q", 2) + b"{}x", "file not fully covered"),
     ],
 )
 def test_a_shard_that_is_something_else_is_named(folder, content, said):
@@ -290,7 +290,7 @@ def test_links_out_of_the_folder_and_pipes_are_refused(folder, tmp_path, name):
     outside = tmp_path / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    assert one(folder) == f"HERE/{name}: a link that leads out of the model's folder; copy the file"
+    assert one(folder) == f"HERE/{name}: a link that leads out of its folder; copy the file"
     (folder / name).unlink()
     os.mkfifo(folder / name)
     assert one(folder) == f"HERE/{name}: not a regular file"

@@ -56,66 +56,90 @@ def test_a_good_header_gives_names_dtypes_shapes_and_offsets(tmp_path):
 
 
 LIES = {
-    "overlap": (pack({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "b: overlaps"),
-    "hole": (pack({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), "b: follows a hole"),
-    "hole at the start": (pack({"a": entry(offsets=(4, 12))}, bytes(12)), "a: follows a hole"),
-    "bytes after the end": (pack({"a": entry()}, bytes(9)), "1 bytes too long"),
-    "cut in the data": (pack({"a": entry()}, bytes(7)), "truncated: 7 bytes of data"),
+    "overlap": (
+        pack({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
+        "invalid offset for tensor `b`",
+    ),
+    "hole": (
+        pack({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)),
+        "invalid offset for tensor `b`",
+    ),
+    "hole at the start": (
+        pack({"a": entry(offsets=(4, 12))}, bytes(12)),
+        "invalid offset for tensor `a`",
+    ),
+    "bytes after the end": (pack({"a": entry()}, bytes(9)), "file not fully covered"),
+    "cut in the data": (
+        pack({"a": entry()}, bytes(7)),
+        "truncated or damaged: incomplete metadata",
+    ),
     "cut in the header": (pack({"a": entry()})[:20], "truncated: 20 bytes in all"),
     "cut in the prefix": (b"\x01\x00", "truncated: 2 bytes"),
     "empty file": (b"", "truncated: 0 bytes"),
-    "negative size": (pack({"a": entry(shape=(-1, -2))}, bytes(8)), "-1 is out of range"),
+    "negative size": (pack({"a": entry(shape=(-1, -2))}, bytes(8)), "integer `-1`"),
     "size over 2^31": (pack({"a": entry(shape=(0, 2**31), offsets=(0, 0))}), "a: shape"),
-    "product overflows": (pack({"a": entry(shape=[65536] * 4, offsets=(0, 0))}), "overflows"),
+    "product overflows": (pack({"a": entry(shape=[65536] * 4, offsets=(0, 0))}), "overflow"),
     "product hidden by a zero": (
         pack({"a": entry(shape=[2**30] * 3 + [0], offsets=(0, 0))}),
         "over",
     ),
-    "offsets wrap": (pack({"a": entry(offsets=(2**64 - 8, 2**64))}, bytes(8)), "a: "),
-    "offsets reversed": (pack({"a": entry(offsets=(8, 0))}, bytes(8)), "begin and an end"),
-    "three offsets": (pack({"a": entry(offsets=(0, 4, 8))}, bytes(8)), "begin and an end"),
-    "float shape": (pack({"a": entry(shape=(2.0,))}, bytes(8)), "2.0 is not a whole one"),
-    "boolean shape": (pack({"a": entry(shape=(True, 2))}, bytes(8)), "a: shape"),
-    "text shape": (pack({"a": {**entry(), "shape": "2"}}, bytes(8)), "a: shape"),
+    "offsets wrap": (
+        pack({"a": entry(offsets=(2**64 - 8, 2**64))}, bytes(8)),
+        "invalid type: floating point",
+    ),
+    "offsets reversed": (
+        pack({"a": entry(offsets=(8, 0))}, bytes(8)),
+        "invalid offset for tensor `a`",
+    ),
+    "three offsets": (pack({"a": entry(offsets=(0, 4, 8))}, bytes(8)), "invalid length 3"),
+    "float shape": (pack({"a": entry(shape=(2.0,))}, bytes(8)), "floating point `2.0`"),
+    "boolean shape": (pack({"a": entry(shape=(True, 2))}, bytes(8)), "boolean `true`"),
+    "text shape": (pack({"a": {**entry(), "shape": "2"}}, bytes(8)), "expected a seque"),
     "exponent": (
         pack(b'{"a":{"dtype":"F32","shape":[2e0],"data_offsets":[0,8]}}', bytes(8)),
-        "2e0",
+        "floating point `2.0`",
     ),
     "minus zero": (
         pack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', bytes(8)),
-        "-0",
+        "floating point `-0.0`",
     ),
     "number of 5,000 digits": (pack(b'{"a":' + b"9" * 5000 + b"}"), "out of range"),
-    "not a number": (pack(b'{"a": NaN}'), "NaN is not a whole one"),
-    "wrong size": (pack({"a": entry(shape=(3,))}, bytes(8)), "8 bytes where F32 [3] takes 12"),
-    "unknown dtype": (pack({"a": entry("F128")}, bytes(8)), "'F128' is not one that MLX reads"),
-    "dtype of another kind": (pack({"a": entry(["F32"])}, bytes(8)), "not one that MLX reads"),
+    "not a number": (pack(b'{"a": NaN}'), "expected value at line 1"),
+    "wrong size": (pack({"a": entry(shape=(3,))}, bytes(8)), "invalid shape, data type, or offset"),
+    "unknown dtype": (pack({"a": entry("F128")}, bytes(8)), "unknown variant `F128`"),
+    "dtype of another kind": (pack({"a": entry(["F32"])}, bytes(8)), "invalid type: sequence"),
     "1,000 dimensions": (
         pack({"a": entry(shape=[1] * 1000, offsets=(0, 4))}, bytes(4)),
         "at most 16",
     ),
-    "missing key": (pack({"a": {"dtype": "F32", "shape": []}}), "must have exactly"),
+    "missing key": (pack({"a": {"dtype": "F32", "shape": []}}), "missing field"),
     "further key": (pack({"a": {**entry(), "x": 1}}, bytes(8)), "must have exactly"),
-    "entry is no table": (pack({"a": 1}), "must have exactly"),
-    "metadata is no table": (pack({"__metadata__": [], "a": entry()}, bytes(8)), "__metadata__"),
-    "metadata holds a number": (pack({"__metadata__": {"x": 1}}), "__metadata__"),
+    "entry is no table": (pack({"a": 1}), "invalid type: integer `1`"),
+    "metadata is no table": (
+        pack({"__metadata__": [], "a": entry()}, bytes(8)),
+        "sequence, expected a map",
+    ),
+    "metadata holds a number": (pack({"__metadata__": {"x": 1}}), "expected a string"),
     "same tensor twice": (
         pack(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
-        "the key 'a' twice",
+        "a: damaged: its header has this key twice",
     ),
     "same key twice": (
         pack(b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
-        "the key 'dtype' twice",
+        "duplicate field `dtype`",
     ),
-    "lone surrogate": (pack(b'{"\\ud800":1}'), "not valid Unicode"),
-    "bad UTF-8": (pack(b'{"\xff":1}'), "no valid JSON"),
-    "byte order mark": (pack(b"\xef\xbb\xbf{}"), "no JSON object"),
-    "broken JSON": (pack(b'{"a":'), "no valid JSON"),
-    "two objects": (pack(b"{}{}"), "no valid JSON"),
-    "an array": (pack(b"[]"), "no JSON object"),
-    "nested 100,000 deep": (pack(b'{"a":' + b"[" * 100_000), "nested too deeply"),
-    "control characters in a name": (pack({"a\nb": entry(shape=(3,))}, bytes(8)), r"a\nb"),
-    "header over 100 MB": (pack(b"{}", length=100_000_001), "100,000,001 bytes"),
+    "lone surrogate": (pack(b'{"\\ud800":1}'), "hex escape"),
+    "bad UTF-8": (pack(b'{"\xff":1}'), "utf-8"),
+    "byte order mark": (pack(b"\xef\xbb\xbf{}"), "where a JSON object"),
+    "broken JSON": (pack(b'{"a":'), "EOF while parsing"),
+    "two objects": (pack(b"{}{}"), "trailing characters"),
+    "an array": (pack(b"[]"), "where a JSON object"),
+    "nested 100,000 deep": (pack(b'{"a":' + b"[" * 100_000), "recursion limit"),
+    "control characters in a name": (
+        pack({"a\nb": entry("F8_E5M2", (8,))}, bytes(8)),
+        r"a\nb: dtype 'F8_E5M2' is not one that MLX reads",
+    ),
+    "header over 10 MB": (pack(b"{}", length=10_000_001), "10,000,001 bytes"),
     "Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
         "Git LFS pointer",
@@ -136,12 +160,12 @@ def test_every_lie_in_a_header_is_refused_and_named(lie, tmp_path):
     assert named in refusal(path)
 
 
-def test_a_header_over_100_megabytes_is_refused_even_when_the_file_is_that_long(tmp_path):
+def test_a_header_over_10_megabytes_is_refused_even_when_the_file_is_that_long(tmp_path):
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
-        file.write(pack(b"{}", length=100_000_001))
+        file.write(pack(b"{}", length=10_000_001))
         file.truncate(200_000_000)  # sparse
-    assert "100,000,001 bytes" in refusal(path)
+    assert "10,000,001 bytes" in refusal(path)
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x8B1F])

@@ -11,6 +11,7 @@ from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine import memory
 from mlx_tuner.models import model as models
+from mlx_tuner.models.folder import has_tokenizer
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 
@@ -49,8 +50,8 @@ def plan(recipe: Recipe) -> Plan:
     """
     folder = models.resolve(recipe.model.path, recipe.model.revision)
     config = models.read_config(folder)
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = folder if has_tokenizer else models.resolve("builtin:tiny-qwen")
+    with_tokenizer = has_tokenizer(folder)
+    tokenizer = folder if with_tokenizer else models.resolve("builtin:tiny-qwen")
     data = assembly.open_data(recipe, models.load_tokenizer(tokenizer))
     rates = assembly.learning_rates(recipe, len(data.train))
 
@@ -69,7 +70,7 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(
         recipe=recipe.name,
         model=recipe.model.path,
-        tokenizer=recipe.model.path if has_tokenizer else "builtin:tiny-qwen",
+        tokenizer=recipe.model.path if with_tokenizer else "builtin:tiny-qwen",
         rows=len(lengths),
         valid_rows=len(data.valid) if data.valid is not None else 0,
         tokens=int(lengths.sum()),

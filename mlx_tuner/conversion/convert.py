@@ -21,15 +21,15 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_tuner import __version__
 from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
-from mlx_tuner.models.model import load_tokenizer, resolve
-from mlx_tuner.models.model_files import (
+from mlx_tuner.models.folder import (
     CODE_KEYS,
     COMPANIONS,
     CONFIG,
-    ModelFiles,
-    check_model_folder,
-    read_json,
+    TOKENIZER_CONFIG,
+    read_optional,
 )
+from mlx_tuner.models.model import load_tokenizer, resolve
+from mlx_tuner.models.model_files import ModelFiles, check_model_folder
 from mlx_tuner.models.weights import is_finite, write_weights
 from mlx_tuner.system import files
 
@@ -276,7 +276,7 @@ def copy_companions(source: Path, folder: Path) -> None:
         path = source / name
         if not path.exists():
             continue
-        settings = read_json(path) if name == "tokenizer_config.json" else {}
+        settings = read_optional(path) if name == TOKENIZER_CONFIG else {}
         if settings.keys() & set(CODE_KEYS):
             kept = {k: v for k, v in settings.items() if k not in CODE_KEYS}
             files.write_json(folder / name, kept)

@@ -33,14 +33,9 @@ from mlx_tuner.models.adapter import (
     read_adapter,
     resolve_base,
 )
+from mlx_tuner.models.folder import CODE_KEYS, CONFIG, GENERATION, read_optional
 from mlx_tuner.models.model import load_tokenizer
-from mlx_tuner.models.model_files import (
-    CODE_KEYS,
-    CONFIG,
-    ModelFiles,
-    check_model_folder,
-    read_json,
-)
+from mlx_tuner.models.model_files import ModelFiles, check_model_folder
 from mlx_tuner.models.weights import is_finite, write_weights
 from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs.run import LOSS_PLOT, RECIPE, read_summary
@@ -50,7 +45,6 @@ if TYPE_CHECKING:
     from mlx_tuner.runs.metrics import Summary
     from mlx_tuner.show.progress import Display
 
-GENERATION = "generation_config.json"
 TURN_END = "<|im_end|>"
 
 
@@ -221,7 +215,7 @@ def _write_end_tokens(base: ModelFiles, folder: Path) -> None:
     A base model's may list the end of a text only; fine-tuned on chats, it ends turns as well.
     """
     path = folder / GENERATION
-    settings = read_json(path) if path.exists() else {}
+    settings = read_optional(path)
     tokenizer = load_tokenizer(base.folder)
     ends: list[int | None] = []
     for listed in (settings.get("eos_token_id"), base.config.get("eos_token_id")):

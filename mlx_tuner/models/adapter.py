@@ -21,9 +21,9 @@ from mlx.utils import tree_unflatten
 
 from mlx_tuner.engine.lora import LoRALinear, dimensions
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.models.model_files import read_json
 from mlx_tuner.models.tensors import TensorInfo, read_header
 from mlx_tuner.system import files
+from mlx_tuner.system.foreign import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"

@@ -1,65 +1,62 @@
-"""A model's chat template, tried once before it is trusted: it is a program, and may never end."""
+"""A model's chat template, tried in a child process before it is trusted: it is a program.
+
+Jinja's sandbox keeps it from files and from Python, but not from looping or filling memory.
+"""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from mlx_tuner.errors import Fault, ModelError
 
-SECONDS = 5.0
-"""In which it must have written a conversation of two turns; a real one takes milliseconds."""
+SECONDS = 2
+"""Of CPU time, in which it must have written a few conversations; real ones take milliseconds."""
 
+MEGABYTES = 256
 MOST_CHARACTERS = 1_000_000
 
-_CHAT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+_WALL_SECONDS = 20  # where the machine is busy, or limits are not to be had
+_CHILD = Path(__file__).with_name("render_child.py")
 
 
-def require_end(tokenizer: Any, folder: Path) -> None:
-    """Refuse a template that does not come to an end, or writes without measure.
+def require_bounded(template: str, folder: Path) -> None:
+    """Refuse a template that does not come to an end, or writes or keeps without measure.
 
     One that fails is left to whoever renders rows with it, and can say which row it refused.
 
     Raises:
         ModelError: as above.
     """
-    if not tokenizer.has_chat_template:
-        return
-    try:
-        with _alarm(SECONDS):
-            text = tokenizer.apply_chat_template(_CHAT, tokenize=False)
-    except _Late:
-        what = f"takes over {SECONDS:g} s for two short turns; the model may be harmful"
-        raise ModelError(Fault(str(folder), "chat_template", what)) from None
-    except Exception:
-        return
-    if len(text) > MOST_CHARACTERS:
-        what = f"makes {len(text):,} characters of two short turns; the model may be harmful"
+    if excess := _excess(template):
+        what = f"{excess} for a few short turns; the model may be harmful"
         raise ModelError(Fault(str(folder), "chat_template", what))
 
 
-class _Late(BaseException):
-    pass
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise `_Late` in the block after so many seconds; signals reach the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(*_: object) -> None:
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+@cache
+def _excess(template: str) -> str | None:
+    """What a template takes too much of, rendering the child's conversations."""
+    order = {
+        "template": template,
+        "path": [place for place in sys.path if place],  # not the folder that we are in
+        "seconds": SECONDS,
+        "bytes": MEGABYTES << 20,
+    }
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        done = subprocess.run(
+            [sys.executable, "-I", str(_CHILD)],
+            input=json.dumps(order).encode(),
+            capture_output=True,
+            timeout=_WALL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes over {SECONDS} s"
+    if done.returncode or not done.stdout.strip().isdigit():
+        return f"takes over {SECONDS} s or {MEGABYTES} MB"
+    if (characters := int(done.stdout)) > MOST_CHARACTERS:
+        return f"makes {characters:,} characters"
+    return None

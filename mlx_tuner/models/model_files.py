@@ -1,12 +1,10 @@
-"""Checks a model folder before anything in it is loaded: config, index, shards, tokenizer.
+"""Checks a model's weights and tokens against its config before anything of it is loaded.
 
 Only JSON and safetensors headers are read here; nothing of the folder is ever run or unpickled.
 """
 
 from __future__ import annotations
 
-import json
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +15,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.models.model import MODEL_TYPES, skeleton
-from mlx_tuner.models.tensors import TensorInfo, read_header
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+from mlx_tuner.models.architecture import skeleton
+from mlx_tuner.models.folder import (
+    CODE_KEYS,
+    CONFIG,
+    GENERATION,
+    INDEX,
+    NOT_OURS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    check_folder,
+    has_tokenizer,
+    read_optional,
 )
-"""What a model needs besides config and weights. Nothing else of a folder is read or copied."""
-
-CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal")
-"""Config keys by which a folder asks other loaders to run code. They are ignored."""
+from mlx_tuner.models.tensors import TensorInfo, read_header
+from mlx_tuner.system.foreign import read_json
 
 _SHARDS = "model*.safetensors"  # what mlx-lm reads
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-_MAX_JSON_BYTES = 64 << 20
 _MAX_LISTED = 10
 _DTYPES = {
     "F32": mx.float32,
@@ -50,16 +42,6 @@ _DTYPES = {
     "U8": mx.uint8,
 }
 _PACKED = {"U32", "U8"}  # in the weights and scales of quantised layers only
-_SIZES = {
-    "num_hidden_layers": 1_000,
-    "num_attention_heads": 100_000,
-    "num_key_value_heads": 100_000,
-    "num_experts": 100_000,
-    "hidden_size": 2**31,
-    "intermediate_size": 2**31,
-    "vocab_size": 2**31,
-}
-"""Upper bounds of sizes, so that building the layers of a hostile config ends."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +63,10 @@ def check_model_folder(folder: Path) -> ModelFiles:
     Raises:
         ModelError: with all that is wrong. After it returns, mlx-lm loads the folder.
     """
-    config = _config(folder)
-    faults = list(_file_faults(folder))
-    if faults:
-        raise ModelError(*faults)
+    config = check_folder(folder)
+    if not has_tokenizer(folder):
+        what = "missing, and so is vocab.json; the model has no tokenizer"
+        raise ModelError(Fault(str(folder / TOKENIZER), "", what))
     shards = _shards(folder)
     tensors = _tensors(folder, shards)
     _check_weights(folder, config, tensors)
@@ -93,106 +75,7 @@ def check_model_folder(folder: Path) -> ModelFiles:
     return ModelFiles(folder, config, shards, tensors, tuple(_notes(folder, config)))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelError: it is missing, not an object, or broken (with the line).
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(Fault(str(path), "", f"larger than {_MAX_JSON_BYTES >> 20} MiB"))
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(Fault(str(path), "", f"cannot be read: {error.strerror}")) from None
-    except json.JSONDecodeError as error:
-        where, what = f"{path}:{error.lineno}", f"not valid JSON: {error.msg}"
-        raise ModelError(Fault(where, "", what)) from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(Fault(str(path), "", f"not valid JSON: {error}")) from None
-    if not isinstance(value, dict):
-        raise ModelError(Fault(str(path), "", "must hold a JSON object"))
-    return value
-
-
-# ---- config ------------------------------------------------------------------------------------
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not folder.is_dir():
-        raise ModelError(Fault(str(folder), "", "no such folder"))
-    if not path.exists():
-        raise ModelError(Fault(str(path), "", "missing; is this a model folder?"))
-    if fault := _placement_fault(path, folder):
-        raise ModelError(fault)
-    config = read_json(path)
-    faults = [Fault(str(path), key, what) for key, what in _config_faults(config)]
-    if (folder / "hf_quant_config.json").exists() and "quantization" not in config:
-        faults.append(Fault(str(folder / "hf_quant_config.json"), "", _NOT_OURS))
-    if faults:
-        raise ModelError(*faults)
-    return config
-
-
-_NOT_OURS = "quantised by another tool; take the model's original weights"
-
-
-def _config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        yield "model_type", f"{model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
-    if "model_file" in config:
-        yield "model_file", "the model needs code from its own folder, which is never run"
-    texts = config.get("text_config", {})
-    if not isinstance(texts, dict):
-        yield "text_config", "must be an object"
-        texts = {}
-    for name, table in (("", config), ("text_config.", texts)):
-        for key, highest in _SIZES.items():
-            size = table.get(key)
-            if size is not None and (type(size) is not int or not 0 <= size <= highest):
-                yield name + key, f"{str(size)[:40]} is not a whole number up to {highest:,}"
-        if isinstance(other := table.get("quantization_config"), dict) and "quant_method" in other:
-            yield f"{name}quantization_config", f"{other['quant_method']!r}: {_NOT_OURS}"
-    quantization = config.get("quantization")
-    if quantization is not None and not (
-        isinstance(quantization, dict)
-        and all(type(quantization.get(key)) is int for key in ("bits", "group_size"))
-    ):
-        yield "quantization", "must have bits and group_size"
-
-
 # ---- files -------------------------------------------------------------------------------------
-
-
-def _file_faults(folder: Path) -> Iterator[Fault]:
-    for name in (INDEX, *COMPANIONS):
-        if (folder / name).exists() or (folder / name).is_symlink():
-            yield from filter(None, [_placement_fault(folder / name, folder)])
-    if not (folder / "tokenizer.json").exists():
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).exists():
-                what = "missing, and so is tokenizer.json; the model has no tokenizer"
-                yield Fault(str(folder / name), "", what)
-
-
-def _placement_fault(path: Path, folder: Path) -> Fault | None:
-    """What is wrong with where a file lies: links may lead to the Hub's cache, not elsewhere."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        return Fault(str(path), "", f"cannot be read: {error.strerror}")
-    if not stat.S_ISREG(mode):
-        return Fault(str(path), "", "not a regular file")
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/COMMIT
-        repository = root.parent.parent
-        allowed += [repository / "blobs", repository.parent / "blobs"]
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        return Fault(str(path), "", "a link that leads out of the model's folder; copy the file")
-    return None
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
@@ -206,7 +89,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
                 f"only pickled weights here ({pickles[0]}), which can run code when they are read"
             )
         raise ModelError(Fault(str(folder), "", f"{what}; take the model's safetensors weights"))
-    faults = [fault for path in found if (fault := _placement_fault(path, folder))]
+    faults: list[Fault] = []
     if (index := folder / INDEX).exists():
         listed = set(_weight_map(index).values())
         for name in sorted(listed):
@@ -268,7 +151,7 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     """The tensors against the layers that the config describes, both as mlx-lm names them."""
     quantised = "quantization" in config
     faults = [
-        Fault(str(folder), name, f"{tensor.dtype} is a dtype that is not taken here; {_NOT_OURS}")
+        Fault(str(folder), name, f"{tensor.dtype} is a dtype that is not taken here; {NOT_OURS}")
         for name, tensor in tensors.items()
         if tensor.dtype not in _DTYPES or (tensor.dtype in _PACKED and not quantised)
     ]
@@ -337,8 +220,8 @@ def _token_faults(
             yield Fault(str(path), field, what)
     ends = [
         config.get("eos_token_id"),
-        _optional(folder / "generation_config.json").get("eos_token_id"),
-        _optional(folder / "tokenizer_config.json").get("eos_token"),
+        read_optional(folder / GENERATION).get("eos_token_id"),
+        read_optional(folder / TOKENIZER_CONFIG).get("eos_token"),
     ]
     if all(end is None for end in ends):
         what = "no end-of-sequence token, here or in the tokenizer's files; add one"
@@ -346,7 +229,7 @@ def _token_faults(
 
 
 def _notes(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    settings = _optional(folder / "tokenizer_config.json")
+    settings = read_optional(folder / TOKENIZER_CONFIG)
     keys = [key for key in CODE_KEYS if key in config or key in settings]
     code = sorted(path.name for path in folder.glob("*.py"))
     if keys or code:
@@ -356,26 +239,22 @@ def _notes(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield f"{folder}: no chat template, so only rows of plain text can be trained on"
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
 def _token_ids(folder: Path, config: dict[str, Any]) -> Iterator[tuple[Path, str, int]]:
     """Every place that names tokens, as file and field, with the highest id there."""
-    path = folder / "tokenizer.json"
-    tokenizer = _optional(path)
+    path = folder / TOKENIZER
+    tokenizer = read_optional(path)
     yield path, "model.vocab", _highest(_values(tokenizer.get("model"), "vocab"))
     added = tokenizer.get("added_tokens")
     entries = added if isinstance(added, list) else []
     yield path, "added_tokens", _highest(e.get("id") for e in entries if isinstance(e, dict))
     path = folder / "vocab.json"
-    yield path, "", _highest(_optional(path).values())
-    path = folder / "tokenizer_config.json"
-    decoder = _optional(path).get("added_tokens_decoder")
+    yield path, "", _highest(read_optional(path).values())
+    path = folder / TOKENIZER_CONFIG
+    decoder = read_optional(path).get("added_tokens_decoder")
     keys = decoder if isinstance(decoder, dict) else {}
     yield path, "added_tokens_decoder", _highest(int(k) for k in keys if k.isdecimal())
-    path = folder / "generation_config.json"
-    for where, table in ((folder / CONFIG, config), (path, _optional(path))):
+    path = folder / GENERATION
+    for where, table in ((folder / CONFIG, config), (path, read_optional(path))):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = table.get(field)
             yield where, field, _highest(value if isinstance(value, list) else [value])

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_tuner.models.model_files import INDEX
+from mlx_tuner.models.folder import INDEX
 from mlx_tuner.models.tensors import ITEM_BYTES
 from mlx_tuner.system import files
 

@@ -1,0 +1,64 @@
+"""The model that a config describes, without its weights: its layers, their shapes, its size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+
+# Whatever a folder's config.json says, only these model classes are ever imported.
+MODEL_TYPES = frozenset(
+    {
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_moe",
+        "qwen3_next",
+    }
+)
+
+
+def skeleton(config: dict[str, Any]) -> nn.Module:
+    """The model of a config with weights that are never computed: shapes only, no memory.
+
+    Quantised configs give quantised layers.
+    """
+    model_class, args_class = mlx_lm_utils._get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    if quantization := config.get("quantization"):
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            mode=quantization.get("mode", "affine"),
+            class_predicate=lambda path, module: quantization.get(
+                path, hasattr(module, "to_quantized")
+            ),
+        )
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of the model as it was before quantisation, adapters included."""
+    return sum(
+        _dense_size(module)
+        for _, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    ) + sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+
+
+def _dense_size(module: nn.Module) -> int:
+    bits = getattr(module, "bits", None)
+    sizes = dict(tree_flatten(module.parameters()))
+    if bits is None:
+        return sum(v.size for v in sizes.values())
+    return sizes["weight"].size * 32 // bits + (sizes["bias"].size if "bias" in sizes else 0)
+
+
+def dtype_of(model: nn.Module) -> mx.Dtype:
+    """The dtype that the model computes in: that of its norms, which are never quantised."""
+    return model.layers[0].input_layernorm.weight.dtype

@@ -1,0 +1,160 @@
+"""The gate to a model folder: what it names and how its files lie, before anybody reads it.
+
+Only JSON is read here. Every way to a model (`model.read_config`, `load_tokenizer`, `load`, and
+`model_files.check_model_folder`) begins here, since mlx-lm and transformers open what they find.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models.architecture import MODEL_TYPES
+from mlx_tuner.system import foreign
+from mlx_tuner.system.foreign import read_json
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATES = "additional_chat_templates"
+COMPANIONS = (
+    GENERATION,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a model needs besides config and weights. Nothing else of a folder is copied."""
+
+CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal")
+"""Config keys by which a folder asks other loaders to run code. They are ignored."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+NOT_OURS = "quantised by another tool; take the model's original weights"
+
+_NAMING_CODE: dict[str, frozenset[str | None]] = {
+    "tokenizer_class": frozenset(
+        {
+            *(None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer"),
+            *("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"),
+        }
+    ),
+    "chat_template_type": frozenset({None}),
+    "tool_parser_type": frozenset({None, "json_tools", "qwen3_coder"}),
+    "fast_tokenizer_files": frozenset({None}),
+}
+"""Keys by which transformers and mlx-lm import modules or open files, and what they may say."""
+
+_READ = {".json", ".txt", ".jinja", ".model", ".tiktoken"}  # by mlx-lm and transformers
+_TEMPLATE_BYTES = 1_000_000
+_SIZES = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "num_experts": 100_000,
+    "hidden_size": 2**31,
+    "intermediate_size": 2**31,
+    "vocab_size": 2**31,
+}
+"""Upper bounds of sizes, so that building the layers of a hostile config ends."""
+_MAX_SIZE = 2**31  # of any other number that layers are built from: MLX keeps shapes in 32 bits
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Refuse a folder of which anything must not be opened, imported or built; returns its config.
+
+    Raises:
+        ModelError: with all that is wrong.
+    """
+    if not folder.is_dir():
+        raise ModelError(Fault(str(folder), "", "no such folder"))
+    path = folder / CONFIG
+    if not path.exists() and not path.is_symlink():
+        raise ModelError(Fault(str(path), "", "missing; is this a model folder?"))
+    if faults := list(_file_faults(folder)):
+        raise ModelError(*faults)
+    config = read_json(path, folder)
+    faults = [Fault(str(path), key, what) for key, what in _config_faults(config)]
+    if (folder / "hf_quant_config.json").exists() and "quantization" not in config:
+        faults.append(Fault(str(folder / "hf_quant_config.json"), "", NOT_OURS))
+    for name in (CONFIG, TOKENIZER_CONFIG):
+        table = config if name == CONFIG else read_optional(folder / name)
+        faults += [
+            Fault(str(folder / name), key, f"{str(table[key])[:40]!r} is not taken here; remove it")
+            for key, known in _NAMING_CODE.items()
+            if key in table and not _is_one_of(table[key], known)
+        ]
+    if faults:
+        raise ModelError(*faults)
+    return config
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, or an empty one where there is none."""
+    return read_json(path) if path.exists() else {}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer in any form."""
+    return any((folder / name).is_file() for name in (TOKENIZER, "vocab.json"))
+
+
+def _file_faults(folder: Path) -> Iterator[Fault]:
+    """Files that must not be opened, of all that mlx-lm and transformers may open."""
+    read = [path for path in folder.iterdir() if path.suffix in _READ]
+    read += folder.glob("*.safetensors")
+    read += folder.glob(f"{TEMPLATES}/*")
+    for path in sorted(read):
+        most: float = foreign.MAX_JSON_BYTES
+        if path.suffix == ".safetensors":
+            most = math.inf
+        elif path.suffix == ".jinja" or path.parent != folder:
+            most = _TEMPLATE_BYTES
+        if fault := foreign.fault_of(path, folder, most):
+            yield fault
+
+
+def _config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    model_type = config.get("model_type")
+    if not _is_one_of(model_type, MODEL_TYPES):
+        yield "model_type", f"{model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
+    if "model_file" in config:
+        yield "model_file", "the model needs code from its own folder, which is never run"
+    texts = config.get("text_config", {})
+    if not isinstance(texts, dict):
+        yield "text_config", "must be an object"
+        texts = {}
+    for name, table in (("", config), ("text_config.", texts)):
+        for key, size in table.items():
+            highest = _SIZES.get(key, _MAX_SIZE)
+            is_size = key in _SIZES and size is not None
+            if is_size and (type(size) is not int or not 0 <= size <= highest):
+                yield name + key, f"{str(size)[:40]} is not a whole number up to {highest:,}"
+            elif type(size) is int and abs(size) > highest:
+                yield name + key, f"{str(size)[:40]} is over {highest:,}"
+        for key in ("dtype", "torch_dtype"):
+            if not _is_one_of(table.get(key), {None, *DTYPES}):
+                what = f"{str(table[key])[:40]!r} is not one of {', '.join(DTYPES)}"
+                yield name + key, what
+        if isinstance(other := table.get("quantization_config"), dict) and "quant_method" in other:
+            yield f"{name}quantization_config", f"{other['quant_method']!r}: {NOT_OURS}"
+    quantization = config.get("quantization")
+    if quantization is not None and not (
+        isinstance(quantization, dict)
+        and all(type(quantization.get(key)) is int for key in ("bits", "group_size"))
+    ):
+        yield "quantization", "must have bits and group_size"
+
+
+def _is_one_of(value: Any, known: Any) -> bool:
+    return (value is None or isinstance(value, str)) and value in known
