@@ -89,3 +89,21 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert found == [None]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_rows_to_answers(root: Path, tmp_path: Path) -> None:
+    """In a kernel of its own, as Jupyter runs it, away from the clone's folder."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(root / "docs" / "quickstart.ipynb", 4)
+    assert len(notebook.cells) == 10
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, kernel_name="python3", resources=place).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs)
+    answer = text.rpartition("---\n")[2]
+    assert "(a: float, b: float) -> float:\n    return a " in answer
+    assert "step 24/24" in text
+    assert "\x1b[1A" not in text  # a notebook has no cursor to move up
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

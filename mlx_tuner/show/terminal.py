@@ -61,4 +61,4 @@ def console(stream: TextIO) -> Console:
     """A rich console on `stream` that survives its reader and its encoding."""
     from rich.console import Console
 
-    return Console(file=safe(stream), highlight=False)
+    return Console(file=safe(stream), highlight=False, force_jupyter=False)
