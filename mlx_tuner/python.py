@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.show.progress import Display
 
 
-@dataclass(frozen=True)
 class Finished(Summary):
     """The numbers of a run's `summary.json`, and where the run is."""
 
@@ -43,7 +41,7 @@ def finetune(
     run = Path("adapters") / recipe.name if run_dir is None else Path(run_dir)
     with Display(None if progress else StringIO()) as display:
         summary = training.finetune(recipe, run, display, resume=resume, overwrite=overwrite)
-    return Finished(**vars(summary), run=run)
+    return Finished(**dict(summary), run=run)
 
 
 def generate(

@@ -24,7 +24,16 @@ from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter import Adapter
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe, load_recipe
-from mlx_tuner.runs.metrics import FINISHED, STOPPED, STOPPED_EARLY, EvalRecord, Meter, Summary
+from mlx_tuner.runs.metrics import (
+    FINISHED,
+    STOPPED,
+    STOPPED_EARLY,
+    EvalRecord,
+    Facts,
+    Meter,
+    Summary,
+    summarise,
+)
 from mlx_tuner.runs.run import (
     GRAD_NORM_PLOT,
     LOSS_PLOT,
@@ -71,7 +80,7 @@ class Progress:
         """The progress that a checkpoint has kept."""
         names = ("step", "best_step", "best_val_loss", "evaluations_since_best")
         kept = {name: state[name] for name in (*names, "nonfinite_in_a_row")}
-        return cls(**kept, meter=Meter.resumed(state["meter"]))
+        return cls(**kept, meter=Meter.from_json(state["meter"]))
 
 
 def finetune(
@@ -151,7 +160,7 @@ class _Session:
         with interrupt.deferred() as signal:
             for result in self._steps():
                 step = self.progress.step
-                if step % every.log_every == 0:
+                if step % every.log_every == 0 or step == steps:
                     self._log()
                 if step % every.eval_every == 0 or step == steps:
                     self._evaluate()
@@ -170,14 +179,7 @@ class _Session:
         return summary
 
     def _announce(self) -> None:
-        self.display.start(
-            self.recipe.name,
-            total_steps=len(self.learning_rates),
-            rows=len(self.data.train),
-            trainable_parameters=assembly.trainable_parameters(self.trainer.model),
-            total_parameters=models.parameter_count(self.trainer.model),
-            first_step=self.progress.step,
-        )
+        self.display.start(self._facts, first_step=self.progress.step)
         if not is_flat(self.trainer.model):
             self.display.note(f"{self.trainer.model.model_type}: rows are padded to like lengths")
         for note in self.data.train.notes:
@@ -204,20 +206,22 @@ class _Session:
         rates = self.learning_rates[first:]
         for result in train(self.trainer, batches(), rates, first_step=first):
             self.progress.step += 1
-            numbers: dict[str, Any] = {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
-                "rows": result.rows,
-                "tokens": result.tokens,
-                "seconds": result.seconds,
-            }
-            self.progress.meter.step(
-                **numbers, target_tokens=result.target_tokens, finite=result.finite
-            )
-            self.display.step(**numbers)
+            self.progress.meter.step(result)
+            self.display.step(result)
             yield result
             self._examples.popleft()
+
+    @property
+    def _facts(self) -> Facts:
+        return Facts(
+            recipe=self.recipe.name,
+            model=self.recipe.model.path,
+            rows=len(self.data.train),
+            rank=self.recipe.lora.rank,
+            total_steps=len(self.learning_rates),
+            trainable_parameters=assembly.trainable_parameters(self.trainer.model),
+            total_parameters=models.parameter_count(self.trainer.model),
+        )
 
     @property
     def _epoch(self) -> float:
@@ -226,7 +230,10 @@ class _Session:
 
     def _log(self) -> None:
         record = self.progress.meter.record(
-            self.progress.step, self._epoch, peak_memory_gb=peak_memory_gb()
+            self.progress.step,
+            self._epoch,
+            memory_gb=(mx.get_active_memory() + mx.get_cache_memory()) / 1e9,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
         self.run.append(record)
         self.display.record(record)
@@ -235,9 +242,10 @@ class _Session:
         """Measure the validation loss; the adapter of the best one is the run's."""
         if self.data.valid is None:
             return
-        with self.display.task("evaluating"):
+        with self.display.task("evaluating"), self.progress.meter.timing("evaluating"):
             loss = self.trainer.evaluate(assembly.in_order(self.data.valid))
-        progress, record = self.progress, EvalRecord(self.progress.step, self._epoch, loss)
+        progress = self.progress
+        record = EvalRecord(step=progress.step, epoch=self._epoch, val_loss=loss)
         lowest = math.inf if progress.best_val_loss is None else progress.best_val_loss
         best = progress.step > 0 and loss < lowest
         self.run.append(record)
@@ -268,14 +276,15 @@ class _Session:
 
     def _save(self) -> None:
         """Keep a checkpoint; without validation rows its adapter is the run's too."""
-        self.run.save_checkpoint(
-            self.progress.step,
-            self._write_checkpoint,
-            self.progress.state(),
-            best_step=self.progress.best_step,
-        )
-        if self.data.valid is None:
-            self.run.publish(self._write_adapter)
+        with self.progress.meter.timing("saving"):
+            self.run.save_checkpoint(
+                self.progress.step,
+                self._write_checkpoint,
+                self.progress.state(),
+                best_step=self.progress.best_step,
+            )
+            if self.data.valid is None:
+                self.run.publish(self._write_adapter)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self._write_adapter(folder)
@@ -302,25 +311,20 @@ class _Session:
         adapter.write_adapter(folder, trained)
 
     def _finish(self, status: str) -> Summary:
+        meter = self.progress.meter
+        if meter.losses:  # steps since the last log line
+            self._log()
         records = read_records(self.run.path)
-        evaluations = [r for r in records if isinstance(r, EvalRecord)]
-        best = next((r for r in evaluations if r.step == self.progress.best_step), None)
-        summary = self.progress.meter.summary(
-            recipe=self.recipe.name,
-            model=self.recipe.model.path,
+        summary = summarise(
+            self._facts,
+            records,
             status=status,
-            rows=len(self.data.train),
-            rank=self.recipe.lora.rank,
-            total_steps=len(self.learning_rates),
-            epochs=self._epoch,
-            trainable_parameters=assembly.trainable_parameters(self.trainer.model),
-            total_parameters=models.parameter_count(self.trainer.model),
-            best=best,
+            runtime_seconds=meter.elapsed_seconds,
+            other_seconds=meter.other_seconds,
             tokenized_rows_per_second=self.data.train.rows_per_second,
-            peak_memory_gb=peak_memory_gb(),
         )
         with self.display.task("drawing the plots"):
-            plots.loss_curve(self.run.path / LOSS_PLOT, records, best.step if best else None)
+            plots.loss_curve(self.run.path / LOSS_PLOT, records, summary.best_step)
             plots.grad_norm_curve(self.run.path / GRAD_NORM_PLOT, records)
         self.run.write_summary(summary)
         return summary
@@ -363,8 +367,3 @@ def check_unchanged(recipe: Recipe, run_path: Path) -> None:
     ]
     if faults:
         raise RecipeError(*faults)
-
-
-def peak_memory_gb() -> float:
-    """MLX's peak memory so far in this process, in 10⁹ bytes."""
-    return mx.get_peak_memory() / 1e9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_tuner.runs.metrics import EvalRecord, Record, Summary, TrainRecord, best_evaluation
+from mlx_tuner.runs.metrics import EvalRecord, Facts, Record, Summary, TrainRecord, summarise
 
 USERS_TABLE = (
     (10, 0.8, 1.1542, 0.619, 1.8e-4),
@@ -15,63 +15,72 @@ USERS_TABLE = (
 
 
 def train_record(
-    step: int, loss: float, *, epoch: float = 0.0, grad_norm: float = 0.5, rate: float = 1e-4
+    step: int,
+    loss: float,
+    *,
+    epoch: float = 0.0,
+    grad_norm: float = 0.5,
+    rate: float = 1e-4,
+    steps: int = 1,
 ) -> TrainRecord:
-    """A log line with plausible speeds."""
-    epoch = epoch or step / 10
-    return TrainRecord(step, epoch, loss, grad_norm, rate, 6.1, 742.0, 600 * step, 5.4, 1.3 * step)
+    """A log line of some steps, all alike, with plausible speeds: 8 rows and 974 tokens each."""
+    return TrainRecord(
+        step=step,
+        epoch=epoch or step / 10,
+        losses=[loss] * steps,
+        grad_norms=[grad_norm] * steps,
+        learning_rate=rate,
+        rows=8 * steps,
+        tokens=974 * steps,
+        seconds=1.3125 * steps,
+        trained_tokens=600 * step,
+        memory_gb=6.1,
+        peak_memory_gb=5.4,
+        elapsed_seconds=1.5 * step,
+    )
+
+
+def evaluation(step: int, val_loss: float) -> EvalRecord:
+    """An evaluation; ten steps are an epoch."""
+    return EvalRecord(step=step, epoch=step / 10, val_loss=val_loss)
 
 
 def users_run() -> list[Record]:
     """The log lines of the user's run."""
     return [
-        train_record(step, loss, epoch=epoch, grad_norm=norm, rate=rate)
+        train_record(step, loss, epoch=epoch, grad_norm=norm, rate=rate, steps=10)
         for step, epoch, loss, norm, rate in USERS_TABLE
     ]
 
 
 def validated(values: list[float], base: float | None = None, every: int = 10) -> list[Record]:
     """A run whose validation loss takes these values, its training loss falling all the time."""
-    records: list[Record] = [] if base is None else [EvalRecord(0, 0.0, base)]
+    records: list[Record] = [] if base is None else [evaluation(0, base)]
     for number, value in enumerate(values, 1):
-        records.append(train_record(every * number, 2.0 / number))
-        records.append(EvalRecord(every * number, every * number / 10, value))
+        records.append(train_record(every * number, 2.0 / number, steps=every))
+        records.append(evaluation(every * number, value))
     return records
 
 
+FACTS = Facts(
+    recipe="codealpaca",
+    model="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+    rows=100,
+    rank=16,
+    total_steps=39,
+    trainable_parameters=4_358_144,
+    total_parameters=1_548_072_448,
+)
+
+
 def summary_of(records: list[Record], **changes: Any) -> Summary:
-    """A summary that fits the records."""
-    train = [record for record in records if isinstance(record, TrainRecord)]
-    best = best_evaluation(records)
-    first, final = train[0].loss, train[-1].loss
-    values: dict[str, Any] = {
-        "recipe": "codealpaca",
-        "model": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
-        "status": "finished",
-        "rows": 100,
-        "rank": 16,
-        "steps": train[-1].step,
-        "total_steps": train[-1].step,
-        "epochs": train[-1].epoch,
-        "trainable_parameters": 4_358_144,
-        "total_parameters": 1_548_072_448,
-        "train_loss": sum(record.loss for record in train) / len(train),
-        "first_loss": first,
-        "final_loss": final,
-        "loss_reduction_percent": 100 * (1 - final / first),
-        "best_step": best.step if best else None,
-        "best_val_loss": best.val_loss if best else None,
-        "runtime_seconds": 204.34,
-        "training_seconds": 190.0,
-        "samples_per_second": 6.0,
-        "steps_per_second": 0.75,
-        "tokens_per_second": 742.4,
-        "seconds_per_step": 1.333,
-        "seconds_per_epoch": 16.7,
-        "trained_tokens": 41_234,
-        "tokenized_rows_per_second": 8123.0,
-        "peak_memory_gb": 5.42,
-        "nonfinite_steps": 0,
-        "stopped_early": False,
-    }
-    return Summary(**{**values, **changes})
+    """The summary of the records, some of its values changed."""
+    made = summarise(
+        FACTS,
+        records,
+        status="finished",
+        runtime_seconds=204.34,
+        other_seconds={"evaluating": 10.0, "saving": 4.3},
+        tokenized_rows_per_second=8123.0,
+    )
+    return made.model_copy(update=changes)

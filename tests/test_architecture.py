@@ -28,8 +28,8 @@ BELOW = {
     "engine": {"errors"},
     "data": {"engine", "errors", "system", "words"},
     "models": {"engine", "errors", "system"},
-    "runs": {"errors", "recipe", "system", "words"},
-    "show": {"errors", "recipe", "runs", "system", "words"},
+    "runs": {"engine", "errors", "recipe", "system", "words"},
+    "show": {"engine", "errors", "recipe", "runs", "system", "words"},
 }
 """What each of these rooms may import of ours, beside itself; those above import what they need."""
 

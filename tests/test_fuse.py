@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from model_folders import CONFIGS, equal, make_adapter, write_model
+from run_records import evaluation, summary_of, train_record
 
 from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
@@ -25,7 +26,6 @@ from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.recipe.tables import load_recipe
-from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system.files import verify
 
@@ -254,15 +254,9 @@ def run(base, tmp_path):
     return folder
 
 
-SUMMARY = Summary(
-    recipe="tuned", model="builtin:tiny-qwen", status="finished", rows=9, rank=4, steps=3,
-    total_steps=3, epochs=1.0, trainable_parameters=4321, total_parameters=100_000,
-    train_loss=1.5, first_loss=2.25, final_loss=1.125, loss_reduction_percent=50.0, best_step=2,
-    best_val_loss=1.0625, runtime_seconds=1.0, training_seconds=1.0, samples_per_second=9.0,
-    steps_per_second=3.0, tokens_per_second=100.0, seconds_per_step=0.3, seconds_per_epoch=1.0,
-    trained_tokens=50, tokenized_rows_per_second=None, peak_memory_gb=0.1, nonfinite_steps=0,
-    stopped_early=False,
-)  # fmt: skip
+SUMMARY = summary_of(
+    [train_record(1, 2.25), evaluation(2, 1.0625), train_record(3, 1.125)], recipe="tuned", rank=4
+)
 
 
 def test_a_run_is_compared_on_its_held_out_rows(run, tmp_path, display):

@@ -7,25 +7,29 @@ import subprocess
 import sys
 
 import pytest
-from run_records import train_record
+from run_records import FACTS, train_record
 
+from mlx_tuner.engine.trainer import StepResult
 from mlx_tuner.runs.metrics import EvalRecord
 from mlx_tuner.show import progress
 from mlx_tuner.show.progress import Display
 
 
-def start(display: Display, steps: int = 39) -> None:
-    display.start(
-        "codealpaca",
-        total_steps=steps,
-        rows=100,
-        trainable_parameters=4_358_144,
-        total_parameters=1_548_072_448,
-    )
+def start(display: Display, steps: int = 39, first_step: int = 0) -> None:
+    display.start(FACTS.model_copy(update={"total_steps": steps}), first_step=first_step)
 
 
-def step(display: Display) -> None:
-    display.step(loss=1.2, grad_norm=0.5, learning_rate=2e-4, rows=8, tokens=800, seconds=2.0)
+STEP = StepResult(
+    loss=1.2,
+    grad_norm=0.5,
+    learning_rate=2e-4,
+    rows=8,
+    tokens=800,
+    target_tokens=200,
+    finite=True,
+    seconds=2.0,
+    waited=0.1,
+)
 
 
 class Terminal(io.StringIO):
@@ -55,11 +59,11 @@ def plain(text: str) -> str:
 def test_without_a_terminal_there_is_a_plain_line_a_record(capsys):
     with Display() as display:
         start(display)
-        display.record(EvalRecord(0, 0.0, 1.35))
+        display.record(EvalRecord(step=0, epoch=0.0, val_loss=1.35))
         for _ in range(10):
-            step(display)
+            display.step(STEP)
         display.record(train_record(10, 1.1542, epoch=0.8, grad_norm=0.619, rate=1.8e-4))
-        display.record(EvalRecord(10, 0.8, 0.93), best=True)
+        display.record(EvalRecord(step=10, epoch=0.8, val_loss=0.93), best=True)
         display.note("checkpoint: step 10")
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -83,7 +87,7 @@ def test_on_a_terminal_a_bar_shows_loss_speeds_and_what_is_left(terminal):
     with Display(terminal) as display:
         start(display)
         for _ in range(13):
-            step(display)
+            display.step(STEP)
         display._live.refresh()
         display.record(train_record(13, 1.0))
     text = plain(terminal.getvalue())
@@ -102,7 +106,7 @@ def test_the_time_left_is_that_of_the_latest_steps(terminal, monkeypatch):
     start(display, steps=100)
     for number in range(1, 31):
         now += 50.0 if number <= 10 else 3.0  # the first steps are slow
-        step(display)
+        display.step(STEP)
     assert display._seconds_left() == 70 * 3.0
 
 
@@ -155,7 +159,7 @@ def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     with Display(terminal) as display:
         start(display)
-        step(display)
+        display.step(STEP)
         display.record(train_record(1, 1.0))
     assert "\x1b[" not in re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
     assert len(terminal.getvalue().splitlines()) == 2
@@ -163,15 +167,8 @@ def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
 
 def test_a_resumed_run_goes_on_counting(terminal):
     with Display(terminal) as display:
-        display.start(
-            "x",
-            total_steps=40,
-            rows=10,
-            trainable_parameters=1,
-            total_parameters=2,
-            first_step=30,
-        )
-        step(display)
+        start(display, steps=40, first_step=30)
+        display.step(STEP)
         display._live.refresh()
     assert "31/40" in plain(terminal.getvalue())
 
@@ -181,9 +178,8 @@ import sys
 from mlx_tuner.runs.metrics import EvalRecord
 from mlx_tuner.show.progress import Display
 with Display() as display:
-    display.start("x", total_steps=9, rows=9, trainable_parameters=1, total_parameters=2)
     for number in range(2000):
-        display.record(EvalRecord(number, 0.5, 1.0))
+        display.record(EvalRecord(step=number, epoch=0.5, val_loss=1.0))
 open(sys.argv[1], "w").write("went on")
 """
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from run_records import train_record
 
 from mlx_tuner.errors import RunError, UsageError
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
@@ -25,8 +26,8 @@ from mlx_tuner.system import files
 RECIPE = "[model]\npath = 'builtin:tiny-qwen'\n"
 
 
-def train_record(step: int) -> TrainRecord:
-    return TrainRecord(step, step / 10, 1 / step, 0.5, 1e-4, 2.0, 300.0, 100 * step, 1.0, 3.0)
+def logged(step: int) -> TrainRecord:
+    return train_record(step, 1 / step)
 
 
 def writer(text: str):
@@ -53,17 +54,17 @@ def checkpoints(run: Path) -> list[str]:
 
 def test_a_new_run_keeps_its_recipe_and_its_metrics(tmp_path):
     with Run.create(tmp_path / "adapters" / "first", RECIPE) as run:
-        run.append(EvalRecord(0, 0.0, 2.0))
-        run.append(train_record(10))
+        run.append(EvalRecord(step=0, epoch=0.0, val_loss=2.0))
+        run.append(logged(10))
     assert (run.path / "recipe.toml").read_text() == RECIPE
-    assert read_records(run.path) == [EvalRecord(0, 0.0, 2.0), train_record(10)]
+    assert read_records(run.path) == [EvalRecord(step=0, epoch=0.0, val_loss=2.0), logged(10)]
     assert read_summary(run.path) is None
     assert is_run(run.path)
 
 
 def test_an_earlier_run_is_not_replaced_unasked_and_both_ways_out_are_named(tmp_path):
     with Run.create(tmp_path / "run", RECIPE) as run:
-        run.append(train_record(1))
+        run.append(logged(1))
     before = content(run.path)
     with pytest.raises(UsageError, match=r"--resume.*--overwrite") as caught:
         Run.create(tmp_path / "run", "new")
@@ -77,7 +78,7 @@ def test_an_earlier_run_is_not_replaced_unasked_and_both_ways_out_are_named(tmp_
 
 def test_overwriting_removes_the_run_and_leaves_what_is_not_ours(tmp_path):
     with Run.create(tmp_path / "run", RECIPE) as run:
-        run.append(train_record(1))
+        run.append(logged(1))
         run.save_checkpoint(1, writer("old"), {})
         run.publish(writer("old"))
         for name in ("loss.png", "quarantine.jsonl"):
@@ -172,7 +173,7 @@ def test_of_many_starts_at_once_one_runs_and_a_kill_frees_the_run(tmp_path):
 
 def test_a_checkpoint_has_all_files_a_state_and_a_manifest_and_verifies(tmp_path):
     with Run.create(tmp_path / "run", RECIPE) as run:
-        run.append(train_record(10))
+        run.append(logged(10))
         path = run.save_checkpoint(10, writer("ten"), {"epoch": 0.8, "seed": 42})
     assert path.name == "step-00000010"
     assert sorted(content(path)) == [
@@ -257,10 +258,10 @@ def test_resuming_where_there_is_no_run_touches_nothing(tmp_path):
 
 def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
     with Run.create(tmp_path / "run", RECIPE) as run:
-        run.append(train_record(10))
+        run.append(logged(10))
         run.save_checkpoint(10, writer("ten"), {})
-        run.append(train_record(20))
-        run.append(train_record(30))
+        run.append(logged(20))
+        run.append(logged(30))
     with (run.path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"event": "train", "st')  # killed in the middle of a line
     (run.path / "checkpoints" / ".tmp-1").mkdir()
@@ -268,8 +269,8 @@ def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
     resumed, checkpoint = Run.resume(run.path)
     with resumed:
         assert checkpoint.step == 10
-        resumed.append(train_record(20))
-    assert read_records(run.path) == [train_record(10), train_record(20)]
+        resumed.append(logged(20))
+    assert read_records(run.path) == [logged(10), logged(20)]
     set_aside = (run.path / "metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in set_aside] == [20, 30]
     assert not list(run.path.rglob(".tmp-*"))
@@ -277,12 +278,12 @@ def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
 
 def test_a_torn_last_line_is_not_a_record_and_a_broken_one_is_an_error(tmp_path):
     with Run.create(tmp_path / "run", RECIPE) as run:
-        run.append(train_record(10))
+        run.append(logged(10))
     path = run.path / "metrics.jsonl"
     whole = path.read_bytes()
     for size in range(len(whole), 2 * len(whole)):
         path.write_bytes((whole + whole)[:size])
-        assert read_records(run.path) == [train_record(10)]
+        assert read_records(run.path) == [logged(10)]
     path.write_bytes(whole + b"nonsense\n" + whole + b"[]\n" + b'{"event": "eval"}\n')
     with pytest.raises(RunError) as caught:
         read_records(run.path)
@@ -321,7 +322,7 @@ else:
 print("started", flush=True)
 while True:
     step += 1
-    run.append(EvalRecord(step, 0.5, 1.0))
+    run.append(EvalRecord(step=step, epoch=0.5, val_loss=1.0))
     run.save_checkpoint(step, write, {})
     run.publish(write)
 """

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -167,11 +166,10 @@ def steps_of_a_run(trainer: Trainer, batches: Sequence[Sequence[Example]]) -> It
         log = Path(folder) / "metrics.jsonl"
         for number, result in enumerate(train(trainer, rows, [LEARNING_RATE] * len(batches))):
             yield
-            numbers = asdict(result)
-            del numbers["waited"]
-            meter.step(**numbers)
-            record = meter.record(number, 0.0, peak_memory_gb=mx.get_peak_memory() / 1e9)
-            files.append_line(log, json.dumps(record.to_json()))
+            meter.step(result)
+            peak = mx.get_peak_memory() / 1e9
+            record = meter.record(number, 0.0, memory_gb=peak, peak_memory_gb=peak)
+            files.append_line(log, record.model_dump_json())
             yield
 
 

@@ -2,55 +2,73 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import computed_field
+
 from mlx_tuner.errors import Fault, RecipeError, RunError, TunerError
 from mlx_tuner.recipe.tables import load_recipe
 from mlx_tuner.runs.metrics import (
-    JsonFields,
+    Change,
+    Facts,
+    Figures,
+    Number,
     Record,
-    TrainRecord,
-    best_evaluation,
-    reduction_percent,
+    Summary,
+    change_of,
+    summarise,
+    train_records,
 )
 from mlx_tuner.runs.run import RECIPE, is_run, is_running, read_records, read_summary
 from mlx_tuner.words import duration, rate
 
 PLOT = "compare.png"
-_TREND = 0.1
-"""Relative change of the gradient norm from which on it is said to fall or rise."""
+_TREND_PERCENT = 10.0
+"""Change of the gradient norm from which on it is said to fall or rise."""
 
 Trend = Literal["falling", "steady", "rising"]
 
 
-@dataclass(frozen=True)
-class RunFacts(JsonFields):
+class RunFacts(Figures):
     """What is compared of a run; None for what it has not got, or not yet."""
 
     name: str
     path: str
     status: str
     """As in the summary; "running" or "interrupted" where there is none."""
-    model: str | None
+    model: str
     rows: int | None
-    rank: int | None
+    rank: int
     steps: int
     epochs: float
-    first_loss: float | None
-    final_loss: float | None
-    loss_reduction_percent: float | None
-    best_val_loss: float | None
+    first_loss: Number
+    final_loss: Number
+    loss: Change
+    grad_norm: Change
+    best_val_loss: Number | None
     best_step: int | None
-    first_grad_norm: float | None
-    final_grad_norm: float | None
-    grad_norm_trend: Trend | None
     samples_per_second: float | None
     tokens_per_second: float | None
-    runtime_seconds: float | None
+    runtime_seconds: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss_reduction_percent(self) -> float:
+        return -self.loss.percent
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def grad_norm_trend(self) -> Trend | None:
+        percent = self.grad_norm.percent
+        if not math.isfinite(percent):
+            return None
+        if abs(percent) <= _TREND_PERCENT:
+            return "steady"
+        return "falling" if percent < 0 else "rising"
 
 
 @dataclass(frozen=True)
@@ -106,53 +124,37 @@ def _records(path: Path) -> list[Record]:
 
 def _facts(path: Path, name: str, records: Sequence[Record]) -> RunFacts:
     """From the summary where the run has ended, else from what it has logged so far."""
-    train = [record for record in records if isinstance(record, TrainRecord)]
-    norms = [record.grad_norm for record in train]
-    best = best_evaluation(records)
-    facts: dict[str, Any] = {
-        "name": name,
-        "path": str(path),
-        "best_val_loss": best.val_loss if best else None,
-        "best_step": best.step if best else None,
-        "first_grad_norm": norms[0] if norms else None,
-        "final_grad_norm": norms[-1] if norms else None,
-        "grad_norm_trend": _trend(norms),
-    }
     running = is_running(path)
-    if (summary := read_summary(path)) and not running:
-        shared = {field.name for field in dataclasses.fields(RunFacts)} - facts.keys()
-        return RunFacts(**facts, **{name: getattr(summary, name) for name in shared})
+    summary = None if running else read_summary(path)
     try:
         recipe = load_recipe(path / RECIPE, check_paths=False)
     except RecipeError as error:
         raise RunError(*error.faults) from None
-    first, last = (train[0], train[-1]) if train else (None, None)
-    return RunFacts(
-        **facts,
+    so_far = summary or summarise(
+        Facts(
+            recipe=recipe.name,
+            model=recipe.model.path,
+            rows=0,
+            rank=recipe.lora.rank,
+            total_steps=0,
+            trainable_parameters=0,
+            total_parameters=0,
+        ),
+        records,
         status="running" if running else "interrupted",
-        model=recipe.model.path,
-        rows=None,
-        rank=recipe.lora.rank,
-        steps=max((record.step for record in records), default=0),
-        epochs=max((record.epoch for record in records), default=0.0),
-        first_loss=first.loss if first else None,
-        final_loss=last.loss if last else None,
-        loss_reduction_percent=reduction_percent(first.loss, last.loss) if first and last else None,
-        samples_per_second=last.samples_per_second if last else None,
-        tokens_per_second=last.tokens_per_second if last else None,
-        runtime_seconds=last.elapsed_seconds if last else None,
     )
-
-
-def _trend(norms: Sequence[float]) -> Trend | None:
-    """The last third of the gradient norms against the first."""
-    if len(norms) < 2:
-        return None
-    third = max(1, len(norms) // 3)
-    before, after = sum(norms[:third]), sum(norms[-third:])
-    if abs(after - before) <= _TREND * before:
-        return "steady"
-    return "falling" if after < before else "rising"
+    shared = RunFacts.model_fields.keys() & Summary.model_fields.keys()
+    train = train_records(records)
+    return RunFacts(
+        name=name,
+        path=str(path),
+        **{field: getattr(so_far, field) for field in shared - {"rows"}},
+        rows=so_far.rows if summary else None,
+        loss=change_of(records, "losses"),
+        grad_norm=change_of(records, "grad_norms"),
+        samples_per_second=so_far.samples_per_second if train else None,
+        tokens_per_second=so_far.tokens_per_second if train else None,
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -174,6 +176,11 @@ def _known(show: Callable[[Any], str], *fields: str) -> Callable[[RunFacts], str
     return cell
 
 
+def _grad_norm(run: RunFacts) -> str:
+    norm, trend = run.grad_norm, run.grad_norm_trend
+    return f"{norm.first:.3f} → {norm.last:.3f}, {trend}" if trend else "–"
+
+
 _LINES: tuple[tuple[str, Callable[[RunFacts], str]], ...] = (
     ("status", _known(str, "status")),
     ("model", _known(lambda model: str(model).replace("|", r"\|"), "model")),
@@ -185,12 +192,7 @@ _LINES: tuple[tuple[str, Callable[[RunFacts], str]], ...] = (
     ("final loss", _known("{:.4f}".format, "final_loss")),
     ("loss reduction", _known("{:.1f} %".format, "loss_reduction_percent")),
     ("best validation loss", _known("{:.4f} at step {:,}".format, "best_val_loss", "best_step")),
-    (
-        "gradient norm",
-        _known(
-            "{:.3f} → {:.3f}, {}".format, "first_grad_norm", "final_grad_norm", "grad_norm_trend"
-        ),
-    ),
+    ("gradient norm", _grad_norm),
     ("samples/s", _known(rate, "samples_per_second")),
     ("tokens/s", _known(rate, "tokens_per_second")),
     ("run time", _known(duration, "runtime_seconds")),

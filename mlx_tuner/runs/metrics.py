@@ -1,80 +1,123 @@
-"""The numbers of a run: one record a log line or evaluation, and the summary at the end."""
+"""The numbers of a run: a record a log line or evaluation, and the summary of them all."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-_Record = TypeVar("_Record", bound="JsonFields")
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    computed_field,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from mlx_tuner.engine.trainer import StepResult
+
+FINISHED, STOPPED_EARLY, STOPPED, RUNNING = "finished", "stopped early", "stopped", "running"
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that JSON has as null where it is not finite."""
 
 
-class JsonFields:
-    """A dataclass of plain values as a JSON object; a number that is not finite is null there."""
+class Figures(BaseModel):
+    """Plain values that can be kept as JSON. What follows from others is no field, but is shown."""
 
-    event: ClassVar[str] = ""
+    model_config = ConfigDict(frozen=True, strict=True, ser_json_inf_nan="null")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields in order, after `event` where the class has one."""
-        values: dict[str, Any] = {"event": self.event} if self.event else {}
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            values[item.name] = None if _is_not_finite(value) else value
+        """All values, null for what is not finite."""
+        values: dict[str, Any] = json.loads(self.model_dump_json())
         return values
 
     @classmethod
-    def from_json(cls: type[_Record], values: Mapping[str, Any]) -> _Record:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; keys that are not ours are left out.
 
         ValueError for a field that lacks or is not of its type.
         """
-        known = {}
-        for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if item.name not in values:
-                raise ValueError(f"{item.name}: is missing")
-            known[item.name] = _checked(item.name, str(item.type), values[item.name])
-        return cls(**known)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}") from None
 
 
-@dataclass(frozen=True)
-class TrainRecord(JsonFields):
-    """What is logged every `log_every` steps, of the steps since the log line before."""
+class TrainRecord(Figures):
+    """A log line: the steps since the one before."""
 
-    event: ClassVar[str] = "train"
-
+    event: Literal["train"] = "train"
     step: int
     """Optimizer steps finished."""
-    epoch: float
+    epoch: Number
     """Rows consumed / rows an epoch."""
-    loss: float
-    """Mean over the steps of each step's mean over its target tokens."""
-    grad_norm: float
-    """Global L2 norm before clipping, of the last step."""
-    learning_rate: float
+    losses: list[Number]
+    """Of each step, the mean over its target tokens."""
+    grad_norms: list[Number]
+    """Of each step, the global L2 norm before clipping."""
+    learning_rate: Number
     """The one that the last step used."""
-    samples_per_second: float
-    tokens_per_second: float
-    """All tokens of the rows, prompts included, padding not."""
+    rows: int
+    tokens: int
+    """All of the rows', prompts included, padding not."""
+    seconds: Number
+    """Of the steps alone."""
     trained_tokens: int
     """Target tokens since the start of the run."""
-    peak_memory_gb: float
-    """10⁹ bytes."""
-    elapsed_seconds: float
+    memory_gb: Number
+    """Active and cached at this moment, 10⁹ bytes."""
+    peak_memory_gb: Number
+    """The most that was active so far, 10⁹ bytes."""
+    elapsed_seconds: Number
     """Since the start of the run, evaluations and saving included."""
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss(self) -> float:
+        """Mean over the steps. One that was not finite changed nothing, and has no part in it."""
+        return mean(self.finite_losses)
 
-@dataclass(frozen=True)
-class EvalRecord(JsonFields):
+    @property
+    def finite_losses(self) -> list[float]:
+        """Of the steps whose loss and gradient were finite."""
+        pairs = zip(self.losses, self.grad_norms, strict=True)
+        return [loss for loss, norm in pairs if math.isfinite(loss + norm)]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def grad_norm(self) -> float:
+        """Of the last step."""
+        return self.grad_norms[-1] if self.grad_norms else math.nan
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def samples_per_second(self) -> float:
+        return rate(self.rows, self.seconds)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_per_second(self) -> float:
+        return rate(self.tokens, self.seconds)
+
+
+class EvalRecord(Figures):
     """An evaluation on the validation rows. Step 0 is the base model."""
 
-    event: ClassVar[str] = "eval"
-
+    event: Literal["eval"] = "eval"
     step: int
-    epoch: float
-    val_loss: float
+    epoch: Number
+    val_loss: Number
     """Mean over all target tokens of the validation rows."""
 
 
@@ -98,242 +141,263 @@ def best_evaluation(records: Sequence[Record]) -> EvalRecord | None:
     return min(finite, key=lambda record: record.val_loss, default=None)
 
 
-@dataclass(frozen=True)
-class Summary(JsonFields):
-    """A run as a whole, once it has ended."""
+def train_records(records: Sequence[Record]) -> list[TrainRecord]:
+    """The log lines among them."""
+    return [record for record in records if isinstance(record, TrainRecord)]
+
+
+def by_step(records: Sequence[Record], name: Literal["losses", "grad_norms"]) -> list[float]:
+    """The loss or gradient norm of every step, in the order of steps."""
+    return list(chain.from_iterable(getattr(r, name) for r in train_records(records)))
+
+
+class Change(Figures):
+    """How a number that every step has went, from like steps to like steps."""
+
+    first: Number
+    """Mean over the steps of the first epoch; of the first half where there are not two."""
+    last: Number
+    """Mean over as many steps at the end, which hold as many ragged steps."""
+
+    @property
+    def percent(self) -> float:
+        """From first to last; not-a-number where that means nothing."""
+        return 100 * (self.last - self.first) / self.first if self.first else math.nan
+
+
+def change_of(records: Sequence[Record], name: Literal["losses", "grad_norms"]) -> Change:
+    """From the first epoch of a run to its last."""
+    values, train = by_step(records, name), train_records(records)
+    # A step has batch_size rows but for an epoch's last, so that steps an epoch is the next integer
+    # above steps / epochs, wherever in an epoch that is taken.
+    epoch = math.ceil(train[-1].step / train[-1].epoch - 1e-9) if train else 1
+    span = max(1, min(epoch, len(values) // 2))
+    return Change(first=mean(values[:span]), last=mean(values[-span:]))
+
+
+class Facts(Figures):
+    """What a run is, known before its first step."""
 
     recipe: str
     model: str
-    status: str
-    """"finished", "stopped early" (by its evaluations) or "stopped" (by a signal)."""
     rows: int
     """Training rows, of an epoch."""
     rank: int
-    steps: int
-    """Optimizer steps finished."""
     total_steps: int
     """Optimizer steps planned."""
-    epochs: float
-    """Epochs passed."""
     trainable_parameters: int
     total_parameters: int
-    train_loss: float
+
+
+class Summary(Facts):
+    """A run as a whole."""
+
+    status: str
+    """"finished", "stopped early" (by its evaluations), "stopped" (by a signal) or "running"."""
+    steps: int
+    """Optimizer steps finished."""
+    epochs: Number
+    """Epochs passed."""
+    train_loss: Number
     """Mean over all steps."""
-    first_loss: float
+    first_loss: Number
     """Of the first log line."""
-    final_loss: float
+    final_loss: Number
     """Of the last log line."""
-    loss_reduction_percent: float
-    """From the first to the last log line."""
+    first_epoch_loss: Number
+    """Mean over the steps of the first epoch, or half of a run of less than two."""
+    last_epoch_loss: Number
+    """Mean over as many steps at the end."""
+    base_val_loss: Number | None
+    """Of the base model; None without validation rows."""
     best_step: int | None
     """Of the lowest validation loss; None without validation rows."""
-    best_val_loss: float | None
-    runtime_seconds: float
+    best_val_loss: Number | None
+    runtime_seconds: Number
     """All of the run, evaluations and saving included."""
-    training_seconds: float
+    training_seconds: Number
     """The optimizer steps alone, which the speeds and times below are of."""
-    samples_per_second: float
-    steps_per_second: float
-    tokens_per_second: float
-    """All tokens of the rows, prompts included, padding not."""
-    seconds_per_step: float
-    seconds_per_epoch: float
+    other_seconds: dict[str, float]
+    """By what they went to: evaluating, saving and the like; waiting is part of the steps'."""
+    trained_rows: int
+    tokens: int
+    """All of the rows', prompts included, padding not."""
     trained_tokens: int
     """Target tokens."""
     tokenized_rows_per_second: float | None
     """None where rows came from an earlier run's work."""
-    peak_memory_gb: float
+    peak_memory_gb: Number
     """10⁹ bytes."""
     nonfinite_steps: int
     """Steps whose loss or gradient was not finite, and which changed nothing."""
-    stopped_early: bool
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def stopped_early(self) -> bool:
+        return self.status == STOPPED_EARLY
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss_reduction_percent(self) -> float:
+        """From the first epoch to the last."""
+        return -Change(first=self.first_epoch_loss, last=self.last_epoch_loss).percent
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def samples_per_second(self) -> float:
+        return rate(self.trained_rows, self.training_seconds)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def steps_per_second(self) -> float:
+        return rate(self.steps, self.training_seconds)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_per_second(self) -> float:
+        return rate(self.tokens, self.training_seconds)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def seconds_per_step(self) -> float:
+        return rate(self.training_seconds, self.steps)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def seconds_per_epoch(self) -> float:
+        return rate(self.training_seconds * self.rows, self.trained_rows)
 
 
-@dataclass
-class _Tally:
-    """Sums over steps."""
+def summarise(
+    facts: Facts,
+    records: Sequence[Record],
+    *,
+    status: str,
+    runtime_seconds: float | None = None,
+    other_seconds: Mapping[str, float] | None = None,
+    tokenized_rows_per_second: float | None = None,
+) -> Summary:
+    """A run as its records tell it.
 
-    steps: int = 0
+    Args:
+        runtime_seconds: so far; by default until the last log line.
+    """
+    train, best = train_records(records), best_evaluation(records)
+    finite = [loss for record in train for loss in record.finite_losses]
+    losses = [record.loss for record in train if record.finite_losses]
+    base = next((r.val_loss for r in records if isinstance(r, EvalRecord) and r.step == 0), None)
+    change = change_of(records, "losses")
+    steps = sum(len(record.losses) for record in train)
+    return Summary(
+        **dict(facts),
+        status=status,
+        steps=steps,
+        epochs=train[-1].epoch if train else 0.0,
+        train_loss=mean(finite),
+        first_loss=losses[0] if losses else math.nan,
+        final_loss=losses[-1] if losses else math.nan,
+        first_epoch_loss=change.first,
+        last_epoch_loss=change.last,
+        base_val_loss=base,
+        best_step=best.step if best else None,
+        best_val_loss=best.val_loss if best else None,
+        runtime_seconds=(
+            max((record.elapsed_seconds for record in train), default=0.0)
+            if runtime_seconds is None
+            else runtime_seconds
+        ),
+        training_seconds=sum((record.seconds for record in train), 0.0),
+        other_seconds=dict(other_seconds or {}),
+        trained_rows=sum(record.rows for record in train),
+        tokens=sum(record.tokens for record in train),
+        trained_tokens=train[-1].trained_tokens if train else 0,
+        tokenized_rows_per_second=tokenized_rows_per_second,
+        peak_memory_gb=max((record.peak_memory_gb for record in train), default=0.0),
+        nonfinite_steps=steps - len(finite),
+    )
+
+
+class Meter(Figures, frozen=False):
+    """Adds up steps until they are logged; what it has then is all that a checkpoint must keep."""
+
+    losses: list[Number] = []
+    grad_norms: list[Number] = []
+    learning_rate: Number = math.nan
     rows: int = 0
     tokens: int = 0
-    target_tokens: int = 0
     seconds: float = 0.0
-    loss_sum: float = 0.0
-    finite_steps: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Mean of the steps' losses; not-a-number if no step had a finite one."""
-        return self.loss_sum / self.finite_steps if self.finite_steps else math.nan
-
-
-@dataclass
-class Meter:
-    """Adds up the numbers of single steps, between log lines and over the run.
-
-    Speeds are over the `seconds` of the steps, so neither evaluations nor saving slow them down.
-    """
-
-    clock: Callable[[], float] = time.monotonic
-    _all: _Tally = field(default_factory=_Tally)
-    _since_log: _Tally = field(default_factory=_Tally)
-    _grad_norm: float = math.nan
-    _learning_rate: float = math.nan
-    _first_loss: float | None = None
-    _final_loss: float | None = None
-    _earlier_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._started = self.clock()
+    trained_tokens: int = 0
+    """Of the whole run."""
+    other_seconds: dict[str, float] = {}
+    """Of the whole run, by what they went to."""
+    earlier_seconds: float = 0.0
+    """Of the processes that this one resumes."""
+    _started: float = PrivateAttr(default_factory=lambda: time.monotonic())
 
     @property
     def elapsed_seconds(self) -> float:
         """Since the start of the run, in this process and those that it resumes."""
-        return self._earlier_seconds + self.clock() - self._started
+        return self.earlier_seconds + time.monotonic() - self._started
 
-    def step(
-        self,
-        *,
-        loss: float,
-        grad_norm: float,
-        learning_rate: float,
-        rows: int,
-        tokens: int,
-        target_tokens: int,
-        seconds: float,
-        finite: bool = True,
-    ) -> None:
-        """Take in one optimizer step. One that was not finite has no part in mean losses."""
-        for tally in (self._all, self._since_log):
-            tally.steps += 1
-            tally.rows += rows
-            tally.tokens += tokens
-            tally.target_tokens += target_tokens
-            tally.seconds += seconds
-            if finite:
-                tally.loss_sum += loss
-                tally.finite_steps += 1
-        self._grad_norm, self._learning_rate = grad_norm, learning_rate
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Count the time in the block as gone to this."""
+        start = time.monotonic()
+        yield
+        self._spend(what, time.monotonic() - start)
 
-    def record(self, step: int, epoch: float, *, peak_memory_gb: float) -> TrainRecord:
+    def step(self, result: StepResult) -> None:
+        """Take in one optimizer step."""
+        self.losses.append(_rounded(result.loss))
+        self.grad_norms.append(_rounded(result.grad_norm))
+        self.learning_rate = result.learning_rate
+        self.rows += result.rows
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self.trained_tokens += result.target_tokens
+        self._spend("waiting for rows", result.waited)
+
+    def record(
+        self, step: int, epoch: float, *, memory_gb: float, peak_memory_gb: float
+    ) -> TrainRecord:
         """The log line of the steps since the one before."""
-        since, self._since_log = self._since_log, _Tally()
-        if since.finite_steps:
-            self._final_loss = since.loss
-            if self._first_loss is None:
-                self._first_loss = since.loss
-        return TrainRecord(
+        made = TrainRecord(
             step=step,
             epoch=epoch,
-            loss=since.loss,
-            grad_norm=self._grad_norm,
-            learning_rate=self._learning_rate,
-            samples_per_second=_rate(since.rows, since.seconds),
-            tokens_per_second=_rate(since.tokens, since.seconds),
-            trained_tokens=self._all.target_tokens,
+            losses=self.losses,
+            grad_norms=self.grad_norms,
+            learning_rate=self.learning_rate,
+            rows=self.rows,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            trained_tokens=self.trained_tokens,
+            memory_gb=memory_gb,
             peak_memory_gb=peak_memory_gb,
             elapsed_seconds=self.elapsed_seconds,
         )
-
-    def summary(
-        self,
-        *,
-        recipe: str,
-        model: str,
-        status: str,
-        rows: int,
-        rank: int,
-        total_steps: int,
-        epochs: float,
-        trainable_parameters: int,
-        total_parameters: int,
-        best: EvalRecord | None,
-        tokenized_rows_per_second: float | None,
-        peak_memory_gb: float,
-    ) -> Summary:
-        """The run so far as a whole. Steps never logged stand in for log lines that lack."""
-        done = self._all
-        final = self._since_log.loss if self._final_loss is None else self._final_loss
-        first = final if self._first_loss is None else self._first_loss
-        return Summary(
-            recipe=recipe,
-            model=model,
-            status=status,
-            rows=rows,
-            rank=rank,
-            steps=done.steps,
-            total_steps=total_steps,
-            epochs=epochs,
-            trainable_parameters=trainable_parameters,
-            total_parameters=total_parameters,
-            train_loss=done.loss,
-            first_loss=first,
-            final_loss=final,
-            loss_reduction_percent=reduction_percent(first, final),
-            best_step=best.step if best else None,
-            best_val_loss=best.val_loss if best else None,
-            runtime_seconds=self.elapsed_seconds,
-            training_seconds=done.seconds,
-            samples_per_second=_rate(done.rows, done.seconds),
-            steps_per_second=_rate(done.steps, done.seconds),
-            tokens_per_second=_rate(done.tokens, done.seconds),
-            seconds_per_step=_rate(done.seconds, done.steps),
-            seconds_per_epoch=_rate(done.seconds * rows, done.rows),
-            trained_tokens=done.target_tokens,
-            tokenized_rows_per_second=tokenized_rows_per_second,
-            peak_memory_gb=peak_memory_gb,
-            nonfinite_steps=done.steps - done.finite_steps,
-            stopped_early=status == STOPPED_EARLY,
-        )
+        self.losses, self.grad_norms = [], []
+        self.rows, self.tokens, self.seconds = 0, 0, 0.0
+        return made
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that `resumed` goes on as if nothing had happened."""
-        return {
-            "all": dataclasses.asdict(self._all),
-            "since_log": dataclasses.asdict(self._since_log),
-            "first_loss": self._first_loss,
-            "final_loss": self._final_loss,
-            "elapsed_seconds": self.elapsed_seconds,
-        }
+        """What a checkpoint keeps, so that `from_json` goes on as if nothing had happened."""
+        return self.to_json() | {"earlier_seconds": self.elapsed_seconds}
 
-    @classmethod
-    def resumed(
-        cls, state: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic
-    ) -> Meter:
-        """A meter that goes on from a `state`."""
-        return cls(
-            clock,
-            _all=_Tally(**state["all"]),
-            _since_log=_Tally(**state["since_log"]),
-            _first_loss=state["first_loss"],
-            _final_loss=state["final_loss"],
-            _earlier_seconds=state["elapsed_seconds"],
-        )
+    def _spend(self, what: str, seconds: float) -> None:
+        self.other_seconds[what] = self.other_seconds.get(what, 0.0) + seconds
 
 
-FINISHED, STOPPED_EARLY, STOPPED = "finished", "stopped early", "stopped"
-
-
-def reduction_percent(first: float, final: float) -> float:
-    """By how much `final` is less than `first`; not-a-number where that means nothing."""
-    return 100 * (first - final) / first if first else math.nan
-
-
-def _rate(amount: float, per: float) -> float:
+def rate(amount: float, per: float) -> float:
+    """Amount / per; nothing of a clock that stands still."""
     return amount / per if per > 0 else 0.0
 
 
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def mean(values: Sequence[float]) -> float:
+    """Of the finite values; not-a-number where there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
-def _checked(name: str, kind: str, value: Any) -> Any:
-    """`value` as a field of type `kind`, the annotation's text."""
-    optional = kind.endswith(" | None")
-    kind = kind.removesuffix(" | None")
-    if value is None and (optional or kind == "float"):
-        return None if optional else math.nan
-    expected = {"int": int, "float": int | float, "str": str, "bool": bool}[kind]
-    if not isinstance(value, expected) or (kind != "bool" and isinstance(value, bool)):
-        raise ValueError(f"{name}: is {value!r:.40}, not of type {kind}")
-    return float(value) if kind == "float" else value
+def _rounded(value: float) -> float:
+    """In the seven digits that an fp32 number has."""
+    return float(f"{value:.7g}")

@@ -140,7 +140,7 @@ class Run:
 
     def append(self, record: Record) -> None:
         """Add a line to `metrics.jsonl`."""
-        files.append_line(self.path / METRICS, json.dumps(record.to_json(), allow_nan=False))
+        files.append_line(self.path / METRICS, record.model_dump_json())
 
     def save_checkpoint(
         self,

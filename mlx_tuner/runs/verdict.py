@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord, best_evaluation
+from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord, best_evaluation, change_of
 
 Kind = Literal[
     "no validation", "too few", "worse than base", "overfitting", "rising", "flat", "improving"
@@ -73,8 +73,8 @@ def _risen(records: Sequence[Record], best: EvalRecord, last: EvalRecord, after:
             f"Perhaps beginning to overfit: validation loss rose {rise} at the last evaluation. "
             f"The adapter of step {best.step}, the best, was kept.",
         )
-    train = [r.loss for r in records if isinstance(r, TrainRecord) and r.step >= best.step]
-    fell = len(train) > 1 and train[-1] < train[0]
+    train = [r for r in records if isinstance(r, TrainRecord) and r.step >= best.step]
+    fell = change_of(train, "losses").percent < 0
     while_training = " while training loss went on falling" if fell else ""
     return Verdict(
         "overfitting",

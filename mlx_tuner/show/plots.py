@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord
+from mlx_tuner.runs.metrics import EvalRecord, Record, by_step, mean, train_records
 from mlx_tuner.system import files
 from mlx_tuner.words import scientific
 
@@ -71,8 +71,8 @@ def loss_curve(path: Path, records: Sequence[Record], best_step: int | None) -> 
     """Training and validation loss by step, the best evaluation marked."""
     with _figure(path) as figure:
         axes = _axes(figure, "Loss", "mean loss per target token")
-        train, valid = _train(records, "loss"), _validation(records)
-        _noisy_line(axes, train, _BLUE, "training")
+        valid = _validation(records)
+        _line_over_steps(axes, records, "losses", _BLUE, "training")
         if valid[0]:
             axes.plot(*valid, color=_ORANGE, marker="o", markersize=6, label="validation")
         if best_step in valid[0]:
@@ -95,7 +95,7 @@ def grad_norm_curve(path: Path, records: Sequence[Record]) -> None:
     """Gradient norm by step, with the learning rate on an axis of its own."""
     with _figure(path) as figure:
         axes = _axes(figure, "Gradient norm and learning rate", "gradient norm before clipping")
-        _noisy_line(axes, _train(records, "grad_norm"), _PURPLE, "gradient norm (left)")
+        _line_over_steps(axes, records, "grad_norms", _PURPLE, "gradient norm (left)")
         axes.yaxis.label.set_color(_PURPLE)
         axes.set_ylim(bottom=0)
         rates = axes.twinx()
@@ -230,14 +230,20 @@ def _dress(axes: Axes, title: str, ylabel: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _noisy_line(axes: Axes, curve: Curve, colour: str, label: str) -> None:
-    """A line; of many points, a faint one below its smoothed form."""
-    steps, values = curve
+def _line_over_steps(
+    axes: Axes,
+    records: Sequence[Record],
+    name: Literal["losses", "grad_norms"],
+    colour: str,
+    label: str,
+) -> None:
+    """Every step as a faint line, under the means of the log lines; of many, smoothed ones."""
+    axes.plot(*_curve(list(enumerate(by_step(records, name), 1))), color=colour, alpha=0.3, lw=1.0)
+    steps, means = _curve([(r.step, mean(getattr(r, name))) for r in train_records(records)])
     if len(steps) < _NOISY_FROM:
-        axes.plot(steps, values, color=colour, marker="o", markersize=5, label=label)
+        axes.plot(steps, means, color=colour, marker="o", markersize=5, label=label)
     else:
-        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1.0)
-        axes.plot(steps, _smoothed(values), color=colour, label=f"{label}, smoothed")
+        axes.plot(steps, _smoothed(means), color=colour, label=f"{label}, smoothed")
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -280,8 +286,7 @@ def _legend(*all_axes: Axes) -> None:
 
 
 def _train(records: Sequence[Record], name: str) -> Curve:
-    pairs = [(r.step, getattr(r, name)) for r in records if isinstance(r, TrainRecord)]
-    return _curve(pairs)
+    return _curve([(r.step, getattr(r, name)) for r in train_records(records)])
 
 
 def _validation(records: Sequence[Record]) -> Curve:

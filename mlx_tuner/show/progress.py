@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -18,9 +18,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mlx_tuner.runs.metrics import Record, TrainRecord
+from mlx_tuner.runs.metrics import Facts, Record, TrainRecord
 from mlx_tuner.show.terminal import console
 from mlx_tuner.words import duration, plural, rate, scientific
+
+if TYPE_CHECKING:
+    from mlx_tuner.engine.trainer import StepResult
 
 _RECENT_STEPS = 20
 """Over which the displayed speeds are taken."""
@@ -40,19 +43,6 @@ class _Task:
     spinner: Spinner | None = None
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A finished optimizer step."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    rows: int
-    tokens: int
-    seconds: float
-    ended: float
-
-
 class Display:
     """Shows how far a command is. Use it in a `with` block.
 
@@ -66,7 +56,7 @@ class Display:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._tasks: list[_Task] = []
         self._training: _Task | None = None
-        self._steps: deque[_Step] = deque(maxlen=_RECENT_STEPS)
+        self._steps: deque[tuple[float, StepResult]] = deque(maxlen=_RECENT_STEPS)
         self._console = console(stream or sys.stderr)
         self._live: Live | None = None
         # A notebook, and whoever sets FORCE_COLOR, wants colours but has no cursor.
@@ -93,45 +83,26 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def start(
-        self,
-        name: str,
-        *,
-        total_steps: int,
-        rows: int,
-        trainable_parameters: int,
-        total_parameters: int,
-        first_step: int = 0,
-    ) -> None:
+    def start(self, facts: Facts, *, first_step: int = 0) -> None:
         """Say what is about to be trained, and show the steps from now on.
 
         Args:
             first_step: steps that an earlier process has finished.
         """
-        share = 100 * trainable_parameters / total_parameters
+        share = 100 * facts.trainable_parameters / facts.total_parameters
         self._print(
             Text.assemble(
-                (name, "bold"),
-                f": {plural(total_steps, 'step')} on {plural(rows, 'row')}, "
-                f"{trainable_parameters:,} of {total_parameters:,} parameters "
+                (facts.recipe, "bold"),
+                f": {plural(facts.total_steps, 'step')} on {plural(facts.rows, 'row')}, "
+                f"{facts.trainable_parameters:,} of {facts.total_parameters:,} parameters "
                 f"trainable ({share:.4f} %)",
             )
         )
-        self._training = _Task(name, total_steps, time.monotonic(), done=first_step)
+        self._training = _Task(facts.recipe, facts.total_steps, time.monotonic(), done=first_step)
 
-    def step(
-        self,
-        *,
-        loss: float,
-        grad_norm: float,
-        learning_rate: float,
-        rows: int,
-        tokens: int,
-        seconds: float,
-    ) -> None:
-        """One more optimizer step is finished; it took `seconds`."""
-        ended = time.monotonic()
-        self._steps.append(_Step(loss, grad_norm, learning_rate, rows, tokens, seconds, ended))
+    def step(self, result: StepResult) -> None:
+        """One more optimizer step is finished."""
+        self._steps.append((time.monotonic(), result))
         if self._training:
             self._training.done += 1
 
@@ -197,9 +168,9 @@ class Display:
         if not training or not training.total or not steps:
             return None
         if len(steps) > 1:
-            pace = (steps[-1].ended - steps[0].ended) / (len(steps) - 1)
+            pace = (steps[-1][0] - steps[0][0]) / (len(steps) - 1)
         else:
-            pace = steps[0].seconds
+            pace = steps[0][1].seconds
         return pace * (training.total - training.done)
 
     def _render(self) -> RenderableType:
@@ -237,7 +208,7 @@ class Display:
         return task.spinner
 
     def _speeds(self) -> RenderableType:
-        steps = tuple(self._steps)
+        steps = [result for _, result in self._steps]
         last, seconds = steps[-1], sum(step.seconds for step in steps) or 1.0
         numbers = (
             f"loss {last.loss:.4f}",

@@ -165,21 +165,20 @@ def _facts(summary: Summary) -> Iterator[tuple[str, Text]]:
     yield (
         "loss",
         Text.assemble(
-            f"{summary.first_loss:.4f} → {summary.final_loss:.4f}  ",
+            f"{summary.first_epoch_loss:.4f} → {summary.last_epoch_loss:.4f}  ",
             (f"{abs(reduction):.1f} % {word}", "green" if reduction > 0 else "yellow"),
-            f"  (average {summary.train_loss:.4f})",
+            f"  (first epoch to last; average {summary.train_loss:.4f}, "
+            f"last {summary.final_loss:.4f})",
         ),
     )
     if summary.nonfinite_steps:
         what = f"{plural(summary.nonfinite_steps, 'step')} left out: loss or gradient not finite"
         yield "skipped", Text(what, "bold yellow")
-    other = max(0.0, summary.runtime_seconds - summary.training_seconds)
+    spent = [f"{duration(summary.training_seconds)} training"]
+    spent += [f"{duration(s)} {what}" for what, s in summary.other_seconds.items() if s >= 0.05]
     yield (
         "time",
-        Text(
-            f"{duration(summary.runtime_seconds)}: {duration(summary.training_seconds)} training, "
-            f"{duration(other)} evaluating and saving"
-        ),
+        Text(f"{duration(summary.runtime_seconds)}: {', '.join(spent)}"),
     )
     yield (
         "",
