@@ -15,7 +15,6 @@ from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset, shared_rows
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine.batching import Example
-from mlx_tuner.engine.forward import is_flat
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import StepResult, Trainer, train
 from mlx_tuner.errors import Fault, RecipeError, RunError, RunStopped
@@ -180,8 +179,6 @@ class _Session:
 
     def _announce(self) -> None:
         self.display.start(self._facts, first_step=self.progress.step)
-        if not is_flat(self.trainer.model):
-            self.display.note(f"{self.trainer.model.model_type}: rows are padded to like lengths")
         for note in self.data.train.notes:
             self.display.note(note)
         valid = self.data.valid

@@ -24,7 +24,7 @@ from mlx_tuner.bench.workload import LEARNING_RATE, RANK, SCALE, TARGET_MODULES,
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Example, Step
-from mlx_tuner.engine.forward import KeysValues
+from mlx_tuner.engine.forward import PrefixState
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.runs.metrics import Meter
 from mlx_tuner.system import files
@@ -128,7 +128,9 @@ class WatchedTrainer(Trainer):
             self.stopwatch.lap("data")
         return step
 
-    def start(self, loss: mx.array, gradient: mx.array, prefix_gradients: list[KeysValues]) -> None:
+    def start(
+        self, loss: mx.array, gradient: mx.array, prefix_gradients: list[PrefixState]
+    ) -> None:
         """Compute a micro-batch: at once in the background, or phase by phase."""
         if self.stopwatch is None:
             super().start(loss, gradient, prefix_gradients)

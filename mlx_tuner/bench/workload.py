@@ -14,7 +14,6 @@ from mlx_tuner import assembly
 from mlx_tuner.bench import synthetic
 from mlx_tuner.engine import batching, flops, lora, memory
 from mlx_tuner.engine.batching import Example, Step
-from mlx_tuner.engine.forward import is_flat
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, ModelError, UsageError
 from mlx_tuner.models import model as models
@@ -250,10 +249,7 @@ def describe(subject: Subject, trainer: Trainer, settings: Settings) -> Workload
     """The workload as it was cut into steps."""
     # Counted without the padding that compiled shapes add: that is no work anybody asked for.
     steps = [
-        batching.make_micro_batches(
-            batch, trainer.micro_batch_tokens, share_prefix=is_flat(trainer.model)
-        )
-        for batch in subject.batches
+        batching.make_micro_batches(batch, trainer.micro_batch_tokens) for batch in subject.batches
     ]
     shape = dense_shape(subject.config)
     return Workload(

@@ -48,6 +48,8 @@ class MicroBatch:
     """P, the tokens of the prefix that lie at the front of ``tokens``."""
     past: int
     """Tokens of a prefix that was computed elsewhere and is only attended to."""
+    lengths: tuple[int, ...]
+    """Tokens of each row's own, longest first."""
     groups: tuple[tuple[int, int], ...]
     """``(R, T)`` of each attention group, in the order of their slots."""
     token_of_slot: np.ndarray
@@ -268,6 +270,7 @@ def lay_out(
         tokens=np.concatenate(tokens).astype(np.int32),
         prefix=inside,
         past=prefix - inside,
+        lengths=tuple(lengths),
         groups=groups,
         token_of_slot=slots_all,
         slot_of_token=slot_of_token,

@@ -2,14 +2,13 @@
 
 Linears, norms and MLPs run on flat tokens (N, D). Attention alone sees rows: queries, keys and
 values are put into their groups' slots (R, T), attend causally to their own row and to the
-shared prefix, and the outputs go back to flat. The last block computes queries' outputs and
-its MLP only where a hidden state predicts a target.
+shared prefix, and the outputs go back to flat; linear attention does so in chunks of rows. The
+last block computes attention's outputs and its MLP only where a hidden state predicts a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,14 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_tuner.engine import lora
+from mlx_tuner.engine import linear_attention, lora
 from mlx_tuner.engine.batching import MicroBatch
 from mlx_tuner.engine.lanes import lanes
+from mlx_tuner.engine.linear_attention import Chunks
+from mlx_tuner.engine.slots import Slots
 
-FLAT_FAMILIES = frozenset({"qwen2", "qwen3", "qwen2_moe", "qwen3_moe"})
-"""mlx-lm's model types whose blocks are softmax attention and an MLP, and nothing else."""
-
-KeysValues = tuple[mx.array, mx.array]
+PrefixState = tuple[mx.array, ...]
+"""What a block's later tokens need of a prefix: keys and values (1, heads, P, head size) of softmax
+attention; the recurrent state and the last inputs of the convolution of Gated DeltaNet."""
 
 
 class Layout(NamedTuple):
@@ -38,7 +38,14 @@ class Layout(NamedTuple):
     weights: mx.array
     prefix: int
     past: int
+    lengths: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_prefix(cls, tokens: mx.array) -> Layout:
+        """A prefix alone, for what later tokens need of it."""
+        own, none = mx.arange(len(tokens)), mx.zeros(0)
+        return cls(tokens, own, own, none, none, none, len(tokens), 0, (), ())
 
     @classmethod
     def of(cls, batch: MicroBatch) -> Layout:
@@ -51,13 +58,9 @@ class Layout(NamedTuple):
             mx.array(batch.weights),
             batch.prefix,
             batch.past,
+            batch.lengths,
             batch.groups,
         )
-
-
-def is_flat(model: nn.Module) -> bool:
-    """Whether the model's family takes the flat path; the others are padded to groups."""
-    return model.model_type in FLAT_FAMILIES
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -69,61 +72,76 @@ def head_of(model: nn.Module) -> nn.Module:
 def hidden_at_targets(
     model: nn.Module,
     layout: Layout,
-    past: Sequence[KeysValues] | None = None,
+    past: Sequence[PrefixState] = (),
     *,
     checkpointing: bool = False,
-) -> tuple[mx.array, list[KeysValues]]:
+) -> tuple[mx.array, list[PrefixState]]:
     """Final hidden states (M, D) at ``layout.sources``, normed and ready for the head.
 
     Args:
-        past: keys and values (1, heads, P, head size) of each block for a prefix that was
-            computed elsewhere (`prefix_states`).
+        past: each block's state after a prefix that was computed elsewhere (`prefix_states`).
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
 
     Returns:
-        The states, and each block's keys and values of the prefix at the front of the layout.
+        The hidden states, and each block's state after the prefix at the front of the layout.
     """
-    if not is_flat(model):
-        return _padded_hidden(model, layout, checkpointing=checkpointing), []
-    x = model.model.embed_tokens(layout.tokens)
-    slots = Slots(layout.token_of_slot, layout.slot_of_token)
-    inside = []
-    for i, block in enumerate(model.layers):
-        last = i == len(model.layers) - 1
-        run: Callable[..., Any]
-        run = partial(_block, block, layout, slots, layout.sources if last else None)
-        run = _checkpointed(block, run) if checkpointing else run
-        x, *keys_values = run(x, *(past[i] if past else ()))
-        inside.append(tuple(keys_values))
+    x, inside = _through_blocks(model, layout, past, layout.sources, checkpointing)
     return model.model.norm(x), inside
 
 
-def prefix_states(model: nn.Module, tokens: mx.array) -> list[KeysValues]:
-    """Each block's keys and values (1, heads, P, head size) for prefix tokens (P,)."""
-    x = model.model.embed_tokens(tokens)
-    states = []
-    for block in model.layers:
-        q, k, v = _project(block.self_attn, block.input_layernorm(x))
-        q, k, v = (_heads(block.self_attn, y[None]) for y in (q, k, v))
-        q, k = block.self_attn.rope(q), block.self_attn.rope(k)
-        states.append((k, v))
-        out = _attend(block.self_attn, q, k, v)
-        x = _rest_of_block(block, x, _join_heads(out)[0])
-    return states
+def prefix_states(model: nn.Module, tokens: mx.array) -> list[PrefixState]:
+    """Each block's state after prefix tokens (P,)."""
+    return _through_blocks(model, Layout.of_prefix(tokens), (), None, False)[1]
+
+
+def _through_blocks(
+    model: nn.Module,
+    layout: Layout,
+    past: Sequence[PrefixState],
+    sources: mx.array | None,
+    checkpointing: bool,
+) -> tuple[mx.array, list[PrefixState]]:
+    x = model.model.embed_tokens(layout.tokens)
+    slots = Slots(layout.token_of_slot, layout.slot_of_token)
+    chunks = Chunks.of(layout.prefix, layout.lengths)
+    inside = []
+    for i, block in enumerate(model.layers):
+        run: Callable[..., Any] = (
+            partial(_linear_attention, block.linear_attn, chunks)
+            if "linear_attn" in block
+            else partial(_attention, block.self_attn, layout, slots)
+        )
+        run = partial(_block, block, run, sources if i == len(model.layers) - 1 else None)
+        run = _checkpointed(block, run) if checkpointing else run
+        x, *state = run(x, *(past[i] if past else ()))
+        inside.append(tuple(state))
+    return x, inside
 
 
 def _block(
     block: nn.Module,
-    layout: Layout,
-    slots: Slots,
+    mix: Callable[..., Any],
     sources: mx.array | None,
     x: mx.array,
     *past: mx.array,
 ) -> tuple[mx.array, ...]:
-    """(N, D) to (N, D), or to (M, D) with ``sources``; then the prefix's keys and values."""
-    attention = block.self_attn
-    q, k, v = (slots.fill(y) for y in _project(attention, block.input_layernorm(x)))
-    prefix, *groups = zip(*(_split(y, layout) for y in (q, k, v)), strict=True)
+    """(N, D) to (N, D), or to (M, D) with ``sources``; then the state after the prefix."""
+    mixed, *state = mix(sources, block.input_layernorm(x), past)
+    x = mixed + (x if sources is None else x[sources])
+    return x + _mlp(block.mlp, block.post_attention_layernorm(x)), *state
+
+
+def _attention(
+    attention: nn.Module,
+    layout: Layout,
+    slots: Slots,
+    sources: mx.array | None,
+    x: mx.array,
+    past: PrefixState,
+) -> tuple[mx.array, ...]:
+    """Softmax attention of (N, D), as `_block`."""
+    q, k, v, gate = _project(attention, x)
+    prefix, *groups = zip(*(_split(slots.fill(y), layout) for y in (q, k, v)), strict=True)
     outputs = []
     if layout.prefix:
         q, k, v = (_heads(attention, y[None]) for y in prefix)
@@ -139,27 +157,36 @@ def _block(
             outputs.append(
                 _join_heads(_attend(attention, q, k, v)).reshape(shape[0] * shape[1], -1)
             )
-    out = mx.concatenate(outputs)
-    if sources is None:
-        out = slots.gather(out)
-    else:
-        x, out = x[sources], out[layout.slot_of_token[sources]]
-    return _rest_of_block(block, x, out), *(past if layout.prefix else ())
+    out = slots.gather_at(mx.concatenate(outputs), sources)
+    if gate is not None:
+        out = out * mx.sigmoid(gate if sources is None else gate[sources])
+    return attention.o_proj(out), *(past if layout.prefix else ())
 
 
-def _rest_of_block(block: nn.Module, x: mx.array, attended: mx.array) -> mx.array:
-    x = x + block.self_attn.o_proj(attended)
-    return x + _mlp(block.mlp, block.post_attention_layernorm(x))
+def _linear_attention(
+    net: nn.Module, chunks: Chunks, sources: mx.array | None, x: mx.array, past: PrefixState
+) -> tuple[mx.array, ...]:
+    """Gated DeltaNet of (N, D), as `_block`."""
+    z, out, *state = linear_attention.read(net, chunks, x, past)
+    out = net.norm(chunks.slots.gather_at(out, sources).reshape(-1, net.head_v_dim))
+    z = z if sources is None else z[sources]
+    return net.out_proj(swiglu(z, out.reshape(z.shape))), *state
 
 
-def _project(attention: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries, keys and values, each (N, heads · head size), normed where the family norms them."""
+def _project(
+    attention: nn.Module, x: mx.array
+) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+    """Queries, keys, values and, where the family has one, the outputs' gate, each (N, heads · head
+    size); queries and keys normed where the family norms them."""
     q, k, v = lora.project([attention.q_proj, attention.k_proj, attention.v_proj], x)
+    gate, size = None, round(attention.scale**-2)
+    if "num_attention_heads" in vars(attention):  # Qwen3-Next's: a head's queries, then its gate
+        q, gate = mx.split(q.reshape(len(x), -1, 2 * size), 2, axis=2)
+        q, gate = q.reshape(len(x), -1), gate.reshape(len(x), -1)
     if "q_norm" in attention:
-        size = attention.q_norm.weight.size
         q = attention.q_norm(q.reshape(-1, size)).reshape(q.shape)
         k = attention.k_norm(k.reshape(-1, size)).reshape(k.shape)
-    return q, k, v
+    return q, k, v, gate
 
 
 def _heads(attention: nn.Module, x: mx.array) -> mx.array:
@@ -191,28 +218,6 @@ def _split(x: mx.array, layout: Layout) -> list[mx.array]:
         ends.append(end)
         end += rows * longest
     return mx.split(x, ends)
-
-
-class Slots:
-    """Moves flat tokens to slots and back. Each is the other's transpose, gathers both.
-
-    (MLX would differentiate a gather by a scatter-add, which is slow, and on a GPU atomic.)
-    """
-
-    def __init__(self, token_of_slot: mx.array, slot_of_token: mx.array) -> None:
-        real = (token_of_slot < slot_of_token.shape[0])[:, None]
-        token_of_slot = mx.where(real[:, 0], token_of_slot, 0)
-
-        def fill(x: mx.array) -> mx.array:
-            return mx.where(real, x[token_of_slot], 0)
-
-        def gather(x: mx.array) -> mx.array:
-            return x[slot_of_token]
-
-        self.fill = mx.custom_function(fill)
-        self.gather = mx.custom_function(gather)
-        self.fill.vjp(lambda _, cotangent, __: gather(cotangent))
-        self.gather.vjp(lambda _, cotangent, __: fill(cotangent))
 
 
 def _mlp(mlp: nn.Module, x: mx.array) -> mx.array:
@@ -276,39 +281,3 @@ def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., A
 
     parameters = dict(tree_flatten(module.trainable_parameters()))
     return lambda *args: mx.checkpoint(inner)(parameters, *args)
-
-
-def _padded_hidden(model: nn.Module, layout: Layout, *, checkpointing: bool) -> mx.array:
-    """Hidden states (M, D) of a family that only mlx-lm knows how to run, a group a pass."""
-    language = getattr(model, "language_model", model)
-    tokens = Slots(layout.token_of_slot, layout.slot_of_token).fill(layout.tokens[:, None])[:, 0]
-    states = []
-    with _checkpointed_blocks(language.model, checkpointing):
-        for part, shape in zip(_split(tokens, layout)[1:], layout.groups, strict=True):
-            out = language.model(part.reshape(shape))
-            states.append(out.flatten(0, 1))
-    return mx.concatenate(states)[layout.slot_of_token[layout.sources]]
-
-
-@contextmanager
-def _checkpointed_blocks(stack: nn.Module, enabled: bool) -> Iterator[None]:
-    blocks = stack.layers
-    if enabled:
-        stack.layers = [_CheckpointedBlock(block) for block in blocks]
-    try:
-        yield
-    finally:
-        stack.layers = blocks
-
-
-class _CheckpointedBlock:
-    """Stands in for a block while mlx-lm's own forward pass runs."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._block = block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return _checkpointed(self._block, partial(self._block, **kwargs))(*args)

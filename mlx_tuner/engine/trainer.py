@@ -16,11 +16,10 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_tuner.engine import batching, lora, optimizer
 from mlx_tuner.engine.batching import Example, ShapeTable, Step
 from mlx_tuner.engine.forward import (
-    KeysValues,
     Layout,
+    PrefixState,
     head_of,
     hidden_at_targets,
-    is_flat,
     prefix_states,
 )
 from mlx_tuner.engine.loss import linear_cross_entropy
@@ -101,12 +100,12 @@ class Trainer:
 
     def make_micro_batches(self, rows: Sequence[Example]) -> Step:
         """The rows of one step as micro-batches."""
-        flat, compiled = is_flat(self.model), self._table is not None
+        compiled = self._table is not None
         step = batching.make_micro_batches(
             rows,
             self.micro_batch_tokens,
             # With dropout, rows draw masks of their own also for the tokens that they share.
-            share_prefix=flat and not self.dropout,
+            share_prefix=not self.dropout,
             prefix_unit=8 if compiled else 1,
             group_overhead=ONE_GROUP if compiled else GROUP_OVERHEAD,
         )
@@ -158,22 +157,24 @@ class Trainer:
         self._set(parameters)
         return mx.stack(losses).sum(), total
 
-    def start(self, loss: mx.array, gradient: mx.array, prefix_gradients: list[KeysValues]) -> None:
+    def start(
+        self, loss: mx.array, gradient: mx.array, prefix_gradients: list[PrefixState]
+    ) -> None:
         """Start on a micro-batch while the next one's graph is built. (A bench waits instead.)"""
         mx.async_eval(gradient, loss, prefix_gradients)
 
     def _loss(
         self,
         parameters: dict[str, mx.array],
-        past: list[KeysValues],
+        past: list[PrefixState],
         layout: Layout,
-        prefix_gradients: list[KeysValues],
+        prefix_gradients: list[PrefixState],
         dropout_key: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """What to differentiate, and the micro-batch's summed loss.
 
         Micro-batches that only attend to the prefix leave ``prefix_gradients``: the gradient of
-        their loss with respect to its keys and values. The one that holds the prefix adds the
+        their loss with respect to its states. The one that holds the prefix adds the
         product of both, whose gradient goes on through the prefix's own computation.
         """
         self._set(parameters)
@@ -190,8 +191,8 @@ class Trainer:
                 others = others + (a * b).astype(mx.float32).sum()
         return loss + others, loss
 
-    def _prefix_states(self, step: Step) -> list[KeysValues]:
-        """Keys and values of a prefix that several micro-batches attend to."""
+    def _prefix_states(self, step: Step) -> list[PrefixState]:
+        """The states after a prefix that several micro-batches go on from."""
         if not len(step.prefix):
             return []
         self._set(self.adapter)
@@ -221,9 +222,7 @@ class Trainer:
         parameters = self.adapter
         total, targets = 0.0, 0
         for rows in batches:
-            step = batching.make_micro_batches(
-                rows, self.micro_batch_tokens, share_prefix=is_flat(self.model)
-            )
+            step = batching.make_micro_batches(rows, self.micro_batch_tokens)
             past = self._prefix_states(step)
             losses = [
                 self._loss(parameters, past if batch.past else [], Layout.of(batch), [])[1]

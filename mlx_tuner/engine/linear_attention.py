@@ -1,0 +1,144 @@
+"""Gated DeltaNet of Qwen3-Next and Qwen3.5 on flat tokens, from mlx-lm's modules.
+
+Shapes: N flat tokens; n chunks of C tokens, of the prefix first, then of the rows (`gated_delta`);
+h key heads of size K, H value heads of size V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_tuner.engine import gated_delta, lora
+from mlx_tuner.engine.slots import Slots
+
+CHUNK = 64
+"""Tokens of a chunk: a power of two."""
+
+NORM_EPS = 1e-6
+"""Added to the sum of a query's or key's squares, in mlx-lm as in the paper's code."""
+
+
+class Chunks(NamedTuple):
+    """Where flat tokens lie in chunks."""
+
+    slots: Slots
+    """Each chunk has ``CHUNK`` of them."""
+    prefix: int
+    """Tokens of the prefix at the front."""
+    prefix_rows: tuple[int, ...]
+    """A one for each chunk of the prefix, which is a row alone."""
+    rows: tuple[int, ...]
+    """As `gated_delta.chunk` gives it, of the rows."""
+
+    @classmethod
+    def of(cls, prefix: int, lengths: Sequence[int]) -> Chunks:
+        """Of ``prefix`` flat tokens and, after them, rows of such lengths, longest first."""
+        total = prefix + sum(lengths)
+        before, prefix_rows = gated_delta.chunk([prefix], CHUNK)
+        after, rows = gated_delta.chunk(lengths, CHUNK)
+        tokens = np.concatenate([np.where(before < prefix, before, total), prefix + after])
+        used = np.flatnonzero(tokens < total)
+        slots = np.empty(total, np.int32)
+        slots[tokens[used]] = used
+        tokens = mx.array(tokens.astype(np.int32))
+        return cls(Slots(tokens, mx.array(slots)), prefix, prefix_rows, rows)
+
+
+def read(
+    net: nn.Module, chunks: Chunks, x: mx.array, past: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    """What the heads read for tokens (N, D), before the gated norm.
+
+    Args:
+        net: mlx-lm's module.
+        past: where the prefix was computed elsewhere: its state (1, h, H / h, K, V) and the
+            last inputs (1, width - 1, channels) of the convolution.
+
+    Returns:
+        The gate (N, H, V), the outputs in chunks' slots (S, H · V), and, where the prefix is at the
+        front, its state and last inputs.
+    """
+    mixed, z, b, a = _project(net, x)
+    width = net.conv_kernel_size - 1
+    heads = (net.num_k_heads, net.num_v_heads // net.num_k_heads)
+    state, tail = past or (
+        mx.zeros((1, *heads, net.head_k_dim, net.head_v_dim)),
+        mx.zeros((1, width, mixed.shape[1]), mixed.dtype),
+    )
+    # An empty slot has strength 0 and decay 1, and so leaves the state alone.
+    beta = mx.sigmoid(b.astype(mx.float32))
+    decay = nn.softplus(a.astype(mx.float32) + net.dt_bias)
+    log_decay = -mx.exp(net.A_log.astype(mx.float32)) * decay
+    parts = [chunks.slots.fill(y).reshape(-1, CHUNK, y.shape[1]) for y in (mixed, log_decay, beta)]
+    first = len(chunks.prefix_rows)
+    outputs = []
+    if chunks.prefix:
+        run = mx.checkpoint(partial(_through_chunks, net, chunks.prefix_rows))
+        out, state = run(*(part[:first] for part in parts), tail, state)
+        tail = mx.concatenate([tail[0], mixed[: chunks.prefix]])[None, -width:]
+        outputs.append(out)
+    if chunks.rows:
+        run = mx.checkpoint(partial(_through_chunks, net, chunks.rows))
+        outputs.append(run(*(part[first:] for part in parts), tail, state)[0])
+    out = mx.concatenate(outputs).flatten(0, 1)
+    return z, out, *((state, tail) if chunks.prefix else ())
+
+
+def _project(net: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Queries, keys and values (N, channels), gate (N, H · V), strength and decay (N, H)."""
+    if "in_proj_qkv" in net:
+        mixed, z, b, a = lora.project(
+            [net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a], x
+        )
+        return mixed, z, b, a
+    # Qwen3-Next has a key head's queries, keys, values and gates side by side.
+    qkvz, ba = (
+        y.reshape(len(x), net.num_k_heads, -1)
+        for y in lora.project([net.in_proj_qkvz, net.in_proj_ba], x)
+    )
+    size, values = net.head_k_dim, net.num_v_heads // net.num_k_heads * net.head_v_dim
+    *mixed, z = mx.split(qkvz, [size, 2 * size, 2 * size + values], axis=-1)
+    b, a = mx.split(ba, 2, axis=-1)
+    z, b, a = (y.reshape(len(x), -1) for y in (z, b, a))
+    return mx.concatenate([y.reshape(len(x), -1) for y in mixed], axis=1), z, b, a
+
+
+def _through_chunks(
+    net: nn.Module,
+    rows: Sequence[int],
+    mixed: mx.array,
+    log_decay: mx.array,
+    beta: mx.array,
+    tail: mx.array,
+    state: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Convolution and rule in fp32, (n, C, channels) and (n, C, H) twice to (n, C, H · V)."""
+    n, size = mixed.shape[:2]
+    dtype = mixed.dtype
+    mixed, tail = mixed.astype(mx.float32), tail.astype(mx.float32)
+    weight = net.conv1d.weight[..., 0].astype(mx.float32)
+    mixed = gated_delta.causal_conv(mixed, weight, tail, rows)
+    mixed = mixed * mx.sigmoid(mixed)
+    heads = (net.num_k_heads, net.num_v_heads // net.num_k_heads)
+    q, k, v = mx.split(mixed, [net.key_dim, 2 * net.key_dim], axis=-1)
+    q, k = (_normed(y.reshape(n, size, heads[0], 1, -1)) for y in (q, k))
+    q = q * net.head_k_dim**-0.5
+    v = v.reshape(n, size, *heads, -1)
+    q, k, v, log_decay, beta = (
+        mx.moveaxis(y, 1, 3)
+        for y in (q, k, v, log_decay.reshape(n, size, *heads), beta.reshape(n, size, *heads))
+    )
+    out, state = gated_delta.scan(q, k, v, log_decay, beta, state, rows)
+    return mx.moveaxis(out, 3, 1).reshape(n, size, -1).astype(dtype), state
+
+
+def _normed(x: mx.array) -> mx.array:
+    """To length 1 along the last axis."""
+    size = x.shape[-1]
+    return mx.fast.rms_norm(x, None, NORM_EPS / size) * size**-0.5
