@@ -111,8 +111,11 @@ def row_order(recipe: Recipe, rows: int, first_step: int, steps: int) -> Iterato
             yield range(first, last)
 
 
-def attach_adapter(model: nn.Module, recipe: Recipe) -> None:
+def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -> None:
     """Put the recipe's adapter onto a model, new or as ``lora.init_from`` left it.
+
+    Args:
+        kept: a checkpoint of the run, which stands in for ``lora.init_from``.
 
     Raises:
         ModelError: it does not fit the model.
@@ -130,7 +133,7 @@ def attach_adapter(model: nn.Module, recipe: Recipe) -> None:
             seed=recipe.train.seed,
         )
         return
-    start = adapter.read_adapter(Path(table.init_from))
+    start = adapter.read_adapter(kept or Path(table.init_from))
     if (start.rank, start.scale) != (table.rank, table.scale):
         what = (
             f"is of rank {start.rank} and scale {start.scale:g}, the recipe of rank {table.rank} "
@@ -154,15 +157,20 @@ def longest_row(recipe: Recipe, rows: Dataset) -> int:
     return min(recipe.data.max_seq_length, int(rows.byte_lengths.max()))
 
 
-def micro_batch_tokens(recipe: Recipe, model: nn.Module, config: Any, longest_row: int) -> int:
+def micro_batch_tokens(
+    recipe: Recipe, model: nn.Module, config: Any, longest_row: int, kept: int | None = None
+) -> int:
     """``train.micro_batch_tokens``, or what this machine's memory allows.
 
     Args:
         longest_row: tokens of the longest row, or more.
+        kept: what the run had before it was resumed, which "auto" stays at.
     """
     table = recipe.train
     if table.micro_batch_tokens != "auto":
         return table.micro_batch_tokens
+    if kept is not None:
+        return kept
     return memory.auto_micro_batch_tokens(
         device.memory_budget(),
         weight_bytes(model),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_tuner.runs.metrics import EvalRecord, Facts, Record, Summary, TrainRecord, summarise
+from mlx_tuner.runs.run import Run
 
 USERS_TABLE = (
     (10, 0.8, 1.1542, 0.619, 1.8e-4),
@@ -84,3 +87,16 @@ def summary_of(records: list[Record], **changes: Any) -> Summary:
         tokenized_rows_per_second=8123.0,
     )
     return made.model_copy(update=changes)
+
+
+def begin(
+    path: Path, recipe_toml: str, *, overwrite: bool = False, keep_out_of: Sequence[Path] = ()
+) -> Run:
+    """A new run in `path`."""
+    run = Run(path, overwrite=overwrite)
+    try:
+        run.begin(recipe_toml, keep_out_of=keep_out_of)
+    except BaseException:
+        run.close()
+        raise
+    return run

@@ -5,12 +5,11 @@ import math
 
 import pytest
 from click.testing import CliRunner
-from run_records import summary_of, train_record, users_run, validated
+from run_records import begin, summary_of, train_record, users_run, validated
 
 from mlx_tuner.cli import main
 from mlx_tuner.commands.compare import compare
 from mlx_tuner.errors import RunError
-from mlx_tuner.runs.run import Run
 
 RECIPE = (
     "[model]\npath = 'builtin:tiny-qwen'\n[data]\ntrain = 'gone.jsonl'\n"
@@ -19,7 +18,7 @@ RECIPE = (
 
 
 def make_run(path, records, summary=None):
-    with Run.create(path, RECIPE) as run:
+    with begin(path, RECIPE) as run:
         for record in records:
             run.append(record)
         if summary:
@@ -64,7 +63,7 @@ def test_finished_stopped_and_killed_runs_stand_side_by_side(runs):
 
 
 def test_a_run_under_way_is_said_to_be_running(tmp_path):
-    with Run.create(tmp_path / "now", RECIPE) as run:
+    with begin(tmp_path / "now", RECIPE) as run:
         (facts,) = compare([run.path]).runs
         assert (facts.status, facts.steps, facts.samples_per_second) == ("running", 0, None)
         run.append(train_record(10, 1.0))

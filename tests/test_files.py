@@ -189,6 +189,24 @@ def test_a_failed_write_inside_mlx_is_an_error_of_the_run(tmp_path):
     assert tree(tmp_path) == {}
 
 
+def test_a_source_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    (tmp_path / "model").mkdir()
+    for block in (files.staging, files.replacing):
+        target = tmp_path / "out"
+        with (
+            pytest.raises(RunError, match=r"model/gone: cannot be read: No such file"),
+            block(target),
+        ):
+            (tmp_path / "model" / "gone").read_bytes()
+        with pytest.raises(RunError, match="cannot write"), block(target) as temporary:
+            (temporary / "no" / "such").write_bytes(b"")
+    with (
+        pytest.raises(RunError, match=r"out: cannot write 5,000 bytes: No space left"),
+        files.staging(tmp_path / "out", 5000),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_the_temporary_name_is_a_sibling_with_the_same_suffix(tmp_path):
     with files.replacing(tmp_path / "new" / "adapters.safetensors") as temporary:
         assert temporary.parent == tmp_path / "new"
@@ -378,25 +396,3 @@ def test_macos_flushes_the_drive_too_and_falls_back_where_it_cannot(tmp_path, mo
     monkeypatch.setattr(fcntl, "fcntl", unsupported)
     files.write_bytes(tmp_path / "x", b"x")
     assert calls == ["fsync", "fsync"]
-
-
-def test_a_lock_has_one_holder_and_names_it(tmp_path):
-    path = tmp_path / ".lock"
-    assert files.lock_holder(path) is None
-    descriptor = files.lock(path, "process 42")
-    assert files.lock_holder(path) == "process 42"
-    with pytest.raises(RunError, match="in use by process 42"):
-        files.lock(path, "process 43")
-    os.close(descriptor)
-    assert path.exists()
-    assert files.lock_holder(path) is None
-    os.close(files.lock(path, "43"))
-    assert path.read_text() == "43\n"
-
-
-def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
-    def no_locks(fd, how):
-        raise OSError(errno.ENOTSUP, "not supported")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    os.close(files.lock(tmp_path / ".lock", "process 42"))

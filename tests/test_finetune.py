@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_tuner import training
-from mlx_tuner.errors import RecipeError, RunError, UsageError
+from mlx_tuner import assembly, session, training
+from mlx_tuner.errors import DataError, ModelError, RecipeError, RunError, UsageError
+from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.tables import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
@@ -170,13 +172,13 @@ def stop_after(root, path, steps):
     recipe = recipe_of(root)
     code = (
         "import os, signal, sys\n"
-        "from mlx_tuner import cli, training\n"
-        "steps = training.train\n"
+        "from mlx_tuner import cli, session\n"
+        "steps = session.train\n"
         "def train(*args, **kwargs):\n"
         "    for i, result in enumerate(steps(*args, **kwargs), 1):\n"
         f"        if i == {steps}: os.kill(os.getpid(), signal.SIGTERM)\n"
         "        yield result\n"
-        "training.train = train\n"
+        "session.train = train\n"
         f"cli.main(['run', {str(path.parent / 'small.toml')!r}, '--run-dir', {str(path)!r}])\n"
     )
     (path.parent / "small.toml").write_text(recipe.to_toml())
@@ -218,8 +220,81 @@ def test_a_second_signal_ends_a_run_at_once(root, tmp_path):
 def test_resuming_with_another_recipe_names_what_differs(finished, root):
     path, _ = finished
     with pytest.raises(RecipeError) as error:
-        run_recipe(recipe_of(root, lora__rank=8), path, resume=True)
-    assert "lora.rank: is 8, but the run began with 4" in str(error.value)
+        run_recipe(recipe_of(root, lora__rank=8, train__epochs=4), path, resume=True)
+    message = str(error.value)
+    assert "lora.rank: is 8, but the run began with 4; resume with the same" in message
+    assert "train.epochs: is 4, but the run began with 3" in message
+    assert "--allow-change" in message
+
+
+def test_resuming_on_other_rows_or_another_model_is_refused(finished, root, tmp_path):
+    """The row's text, the order of two rows, the validation rows: each makes it another run."""
+    path, _ = finished
+    lines = (root / "data" / "python_100.jsonl").read_text().splitlines(keepends=True)
+    valid = (root / "data" / "python_valid.jsonl").read_text().splitlines(keepends=True)
+    before = contents(path)
+    (tmp_path / "data").mkdir()
+    for train, held_out, field in (
+        ([lines[0].replace("e", "a", 1), *lines[1:]], valid, "data.train"),
+        ([lines[1], lines[0], *lines[2:]], valid, "data.train"),
+        (lines, valid[:-1], "data.valid"),
+    ):
+        (tmp_path / "data" / "python_100.jsonl").write_text("".join(train))
+        (tmp_path / "data" / "python_valid.jsonl").write_text("".join(held_out))
+        recipe = replace(recipe_of(root), data=recipe_of(tmp_path).data)
+        kept = replace(recipe, data=recipe_of(root).data)
+        with pytest.raises(DataError, match=f"{field}: has other rows than the run began with"):
+            resume_as(recipe, kept, path)
+    assert contents(path) == before
+
+
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file() and p.name != ".lock"}
+
+
+def resume_as(recipe, kept, path):
+    """Resume with the recipe's files under the names that the run knows."""
+    data = assembly.open_data(recipe, load_tokenizer(resolve("builtin:tiny-qwen")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "open_data", lambda *args: data)
+        run_recipe(kept, path, resume=True)
+
+
+def test_another_base_model_is_another_run(finished, root, monkeypatch):
+    path, _ = finished
+    monkeypatch.setattr(training.adapter, "fingerprint", lambda folder: "0" * 64)
+    with pytest.raises(ModelError, match=r"model.path: holds other weights .* \(.{12} then, 0000"):
+        run_recipe(recipe_of(root), path, resume=True)
+
+
+def test_what_changes_no_result_may_change_in_a_resumed_run(finished, root, tmp_path):
+    path, summary = finished
+    stop_after(root, tmp_path / "cut", steps=5)
+    other = recipe_of(
+        root, train__gradient_checkpointing="true", train__log_every=1, train__save_every=3
+    )
+    resumed = run_recipe(other, tmp_path / "cut", resume=True)
+    assert resumed.steps == summary.steps
+    assert_same_adapter(path, tmp_path / "cut")
+    kept = load_recipe(tmp_path / "cut" / "recipe.toml")
+    assert (kept.train.save_every, kept.train.gradient_checkpointing) == (3, True)
+
+
+def test_a_run_that_is_finished_says_so_and_trains_nothing(finished, root, capsys):
+    path, summary = finished
+    before = contents(path)
+    again = run_recipe(recipe_of(root), path, resume=True)
+    assert "has finished, after step 9; nothing is left to train" in capsys.readouterr().err
+    assert again == summary
+    assert contents(path) == before
+
+
+def test_a_finished_run_goes_on_with_more_epochs_where_that_is_allowed(finished, root, tmp_path):
+    path, _ = finished
+    shutil.copytree(path, tmp_path / "more")
+    more = recipe_of(root, train__epochs=4)
+    summary = run_recipe(more, tmp_path / "more", resume=True, allow_change=True)
+    assert (summary.steps, summary.status) == (12, "finished")
 
 
 def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, tmp_path):
@@ -230,7 +305,7 @@ def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, t
         run_recipe(recipe_of(root), path)
 
 
-def test_a_run_stops_early_and_keeps_its_best(root, tmp_path):
+def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
     recipe = recipe_of(
         root,
         train__epochs=30,
@@ -241,6 +316,9 @@ def test_a_run_stops_early_and_keeps_its_best(root, tmp_path):
     summary = run_recipe(recipe, tmp_path / "run")
     assert summary.stopped_early
     assert summary.steps == summary.best_step + 2
+    again = run_recipe(recipe, tmp_path / "run", resume=True)
+    assert "has finished early, by its evaluations" in capsys.readouterr().err
+    assert again == summary
     kept = tmp_path / "run" / "checkpoints" / f"step-{summary.best_step:08d}"
     if kept.exists():
         assert_same_adapter(kept, tmp_path / "run")
@@ -249,18 +327,31 @@ def test_a_run_stops_early_and_keeps_its_best(root, tmp_path):
 def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
     root, tmp_path, monkeypatch
 ):
-    real = training.train
+    real = session.train
 
     def broken(*args, **kwargs):
         for i, result in enumerate(real(*args, **kwargs)):
             yield replace(result, finite=i == 1, loss=float("nan")) if i != 1 else result
 
-    monkeypatch.setattr(training, "train", broken)
+    monkeypatch.setattr(session, "train", broken)
     recipe = recipe_of(root, data__shuffle="false", train__eval_every=100)
     with pytest.raises(RunError) as error:
         run_recipe(recipe, tmp_path / "run")
+    kept = json.loads(next((tmp_path / "run").glob("checkpoints/*4/state.json")).read_text())
+    assert kept["nonfinite_in_a_row"] == 2
     message = str(error.value)
     assert "step 5 had no finite loss or gradient; its rows: lines 9, 10, 11, 12" in message
+
+
+def test_a_run_can_overwrite_the_run_that_it_starts_from(root, tmp_path):
+    text = RECIPE.replace('valid = "python_valid.jsonl"\n', "")
+    run_recipe(recipe_of(root, text, train__max_steps=2), tmp_path / "run")
+    start = {"lora__init_from": f'"{tmp_path / "run"}"', "train__max_steps": 3}
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    run_recipe(recipe_of(root, text, **start), tmp_path / "run", overwrite=True)
+    start["lora__init_from"] = f'"{tmp_path / "copy"}"'
+    run_recipe(recipe_of(root, text, **start), tmp_path / "other")
+    assert_same_adapter(tmp_path / "run", tmp_path / "other")
 
 
 def test_a_run_without_validation_rows_publishes_its_last_adapter(root, tmp_path):
@@ -331,6 +422,5 @@ def test_the_lock_is_free_again_after_a_kill(root, tmp_path):
         run_recipe(load_recipe(recipe), path, resume=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    run, checkpoint = runs.Run.resume(path)
-    run.close()
-    assert checkpoint.step > 0
+    with runs.Run(path, resume=True) as run:
+        assert run.checkpoint.step > 0

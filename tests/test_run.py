@@ -9,18 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from run_records import train_record
+from run_records import begin, train_record
 
 from mlx_tuner.errors import RunError, UsageError
+from mlx_tuner.runs.checkpoints import newest
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
-from mlx_tuner.runs.run import (
-    Run,
-    is_run,
-    is_running,
-    newest_checkpoint,
-    read_records,
-    read_summary,
-)
+from mlx_tuner.runs.place import is_run, is_running
+from mlx_tuner.runs.run import Run, read_records, read_summary
 from mlx_tuner.system import files
 
 RECIPE = "[model]\npath = 'builtin:tiny-qwen'\n"
@@ -53,7 +48,7 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def test_a_new_run_keeps_its_recipe_and_its_metrics(tmp_path):
-    with Run.create(tmp_path / "adapters" / "first", RECIPE) as run:
+    with begin(tmp_path / "adapters" / "first", RECIPE) as run:
         run.append(EvalRecord(step=0, epoch=0.0, val_loss=2.0))
         run.append(logged(10))
     assert (run.path / "recipe.toml").read_text() == RECIPE
@@ -63,38 +58,120 @@ def test_a_new_run_keeps_its_recipe_and_its_metrics(tmp_path):
 
 
 def test_an_earlier_run_is_not_replaced_unasked_and_both_ways_out_are_named(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.append(logged(1))
     before = content(run.path)
     with pytest.raises(UsageError, match=r"--resume.*--overwrite") as caught:
-        Run.create(tmp_path / "run", "new")
+        begin(tmp_path / "run", "new")
     assert caught.value.exit_code == 2
     del before[".lock"]
     after = content(run.path)
     del after[".lock"]
     assert after == before
-    Run.create(tmp_path / "empty", RECIPE).close()
+    begin(tmp_path / "empty", RECIPE).close()
 
 
-def test_overwriting_removes_the_run_and_leaves_what_is_not_ours(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+def old_run(path: Path) -> dict[str, bytes]:
+    """A run with all kinds of files, and a file that is none of a run's."""
+    with begin(path, RECIPE) as run:
         run.append(logged(1))
         run.save_checkpoint(1, writer("old"), {})
         run.publish(writer("old"))
         for name in ("loss.png", "quarantine.jsonl"):
-            (run.path / name).write_text("old")
-        (run.path / "notes.txt").write_text("mine")
-    Run.create(tmp_path / "run", "new", overwrite=True).close()
-    left = content(run.path)
-    del left[".lock"]
-    assert left == {"recipe.toml": b"new", "notes.txt": b"mine"}
+            (path / name).write_text("old")
+        (path / "notes.txt").write_text("mine")
+    return without_lock(path)
+
+
+def without_lock(path: Path) -> dict[str, bytes]:
+    found = content(path)
+    del found[".lock"]
+    return found
+
+
+def test_an_overwritten_run_goes_with_the_first_checkpoint_of_the_new_one(tmp_path):
+    old_run(tmp_path / "run")
+    with begin(tmp_path / "run", "new", overwrite=True) as run:
+        assert not (run.path / "adapters.safetensors").exists()
+        assert (run.path / ".previous" / "adapters.safetensors").read_text() == "old"
+        run.save_checkpoint(5, writer("new"), {})
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        ".lock",
+        "checkpoints",
+        "notes.txt",
+        "recipe.toml",
+    ]
+    assert newest(run.path)[0].step == 5
+
+
+def test_an_overwritten_run_comes_back_where_the_new_one_saves_nothing(tmp_path):
+    before = old_run(tmp_path / "run")
+    with begin(tmp_path / "run", "new", overwrite=True) as run:
+        run.append(logged(7))
+        run.publish(writer("new"))
+    assert without_lock(run.path) == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_overwritten_run_comes_back_whatever_moment_the_new_one_is_killed_at(
+    tmp_path, monkeypatch
+):
+    """Killed at each rename and flush in turn, and again at each while it is put back."""
+    rename = files._rename
+    for first in range(1, 40):
+        path = tmp_path / str(first)
+        before = old_run(path)
+        ended = killed_at(first, monkeypatch, lambda path=path: start_over(path))
+        for again in range(1, 6):
+            killed_at(again, monkeypatch, lambda path=path: Run(path, resume=True).close())
+        assert files._rename is rename
+        with Run(path, resume=True) as run:
+            if ended:
+                assert run.checkpoint.step == 9
+                break
+            assert run.checkpoint.step in (1, 9)
+            if run.checkpoint.step == 1:
+                assert without_lock(path) == before
+    assert ended
+
+
+def start_over(path: Path) -> None:
+    with begin(path, "new", overwrite=True) as run:
+        run.append(logged(9))
+        run.save_checkpoint(9, writer("new"), {})
+
+
+def killed_at(call: int, monkeypatch, operation) -> bool:
+    """Do it up to a rename, whose process dies there; whether it came to its end."""
+    count = 0
+    rename = files._rename
+
+    def counting(source, target):
+        nonlocal count
+        count += 1
+        if count >= call:
+            raise Killed
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_rename", counting)
+        # What a dying process does not do any more:
+        patch.setattr(files.shutil, "rmtree", lambda *a, **k: None)
+        try:
+            operation()
+        except Killed:
+            return False
+    return True
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
     (tmp_path / "recipe.toml").write_text("the user's own")
     with pytest.raises(UsageError, match="not a run"):
-        Run.create(tmp_path, RECIPE, overwrite=overwrite)
+        begin(tmp_path, RECIPE, overwrite=overwrite)
     assert content(tmp_path) == {"recipe.toml": b"the user's own"}
 
 
@@ -105,18 +182,18 @@ def test_a_run_is_not_written_into_models_or_data(tmp_path):
     (tmp_path / "file").write_text("x")
     for place in (model, model / "runs" / "first", tmp_path / "link" / "first"):
         with pytest.raises(UsageError, match=f"is where {model} is"):
-            Run.create(place, RECIPE, overwrite=True, keep_out_of=[model])
+            begin(place, RECIPE, overwrite=True, keep_out_of=[model])
     with pytest.raises(UsageError, match="is not a folder"):
-        Run.create(tmp_path / "file", RECIPE)
+        begin(tmp_path / "file", RECIPE)
     assert list(model.iterdir()) == []
-    Run.create(tmp_path / "model-2", RECIPE, keep_out_of=[model]).close()
+    begin(tmp_path / "model-2", RECIPE, keep_out_of=[model]).close()
 
 
 def test_a_second_run_in_the_same_place_is_told_pid_and_start(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         for start in (
-            lambda: Run.create(run.path, "new", overwrite=True),
-            lambda: Run.resume(run.path),
+            lambda: begin(run.path, "new", overwrite=True),
+            lambda: Run(run.path, resume=True),
         ):
             with pytest.raises(
                 RunError, match=rf"in use by process {os.getpid()}, started 20"
@@ -135,7 +212,8 @@ from mlx_tuner.errors import TunerError
 from mlx_tuner.runs.run import Run
 sys.stdin.readline()
 try:
-    Run.create(Path(sys.argv[1]), "recipe")
+    run = Run(Path(sys.argv[1]))
+    run.begin("recipe")
 except TunerError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -163,7 +241,7 @@ def test_of_many_starts_at_once_one_runs_and_a_kill_frees_the_run(tmp_path):
             assert f"in use by process {winner.pid}," in start.stdout.read()
         winner.send_signal(signal.SIGKILL)
         winner.wait()
-        Run.create(tmp_path / "run", "new", overwrite=True).close()
+        begin(tmp_path / "run", "new", overwrite=True).close()
     finally:
         for start in starts:
             start.kill()
@@ -172,10 +250,10 @@ def test_of_many_starts_at_once_one_runs_and_a_kill_frees_the_run(tmp_path):
 
 
 def test_a_checkpoint_has_all_files_a_state_and_a_manifest_and_verifies(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.append(logged(10))
-        path = run.save_checkpoint(10, writer("ten"), {"epoch": 0.8, "seed": 42})
-    assert path.name == "step-00000010"
+        run.save_checkpoint(10, writer("ten"), {"epoch": 0.8, "seed": 42})
+    path = run.path / "checkpoints" / "step-00000010"
     assert sorted(content(path)) == [
         "MANIFEST.json",
         "adapter_config.json",
@@ -185,20 +263,20 @@ def test_a_checkpoint_has_all_files_a_state_and_a_manifest_and_verifies(tmp_path
     size = (run.path / "metrics.jsonl").stat().st_size
     state = {"step": 10, "metrics_bytes": size, "epoch": 0.8, "seed": 42}
     assert json.loads((path / "state.json").read_text()) == state
-    checkpoint, rejected = newest_checkpoint(run.path)
+    checkpoint, rejected = newest(run.path)
     assert (checkpoint.path, checkpoint.step, checkpoint.state) == (path, 10, state)
     assert rejected == []
 
 
 def test_the_two_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         for step in range(10, 70, 10):
             run.save_checkpoint(step, writer(str(step)), {}, best_step=20)
     assert checkpoints(run.path) == ["step-00000020", "step-00000050", "step-00000060"]
 
 
 def test_saving_the_same_step_twice_writes_it_once(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.save_checkpoint(10, writer("a"), {})
         run.save_checkpoint(10, writer("b"), {})
     assert (run.path / "checkpoints/step-00000010/adapters.safetensors").read_text() == "a"
@@ -209,7 +287,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path):
         (folder / "adapters.safetensors").write_text("half")
         raise RuntimeError("[write] Unable to write 100 bytes to file.")
 
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.save_checkpoint(10, writer("ten"), {})
         run.save_checkpoint(20, writer("twenty"), {})
         with pytest.raises(RunError, match="step-00000030"):
@@ -218,30 +296,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said_so(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         for step in (10, 20):
             run.save_checkpoint(step, writer(str(step)), {})
     (run.path / "checkpoints/step-00000020/adapters.safetensors").write_text("damaged")
-    resumed, checkpoint = Run.resume(run.path)
-    assert checkpoint.step == 10
-    assert checkpoint.rejected == (
+    resumed = Run(run.path, resume=True)
+    assert resumed.checkpoint.step == 10
+    assert resumed.rejected == [
         "step-00000020 is not used: adapters.safetensors: not the content that was written",
-    )
+    ]
     # What is saved from here on must not be pruned in favour of the damaged one.
     with resumed:
+        resumed.go_on(RECIPE)
         resumed.save_checkpoint(15, writer("15"), {})
     assert checkpoints(run.path) == ["step-00000010", "step-00000015"]
 
 
 def test_resuming_without_any_good_checkpoint_says_why_each_was_rejected(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         for step in (10, 20):
             run.save_checkpoint(step, writer(str(step)), {})
     (run.path / "checkpoints/step-00000010/state.json").unlink()
     (run.path / "checkpoints/step-00000020/MANIFEST.json").unlink()
     before = content(run.path / "checkpoints")
     with pytest.raises(RunError) as caught:
-        Run.resume(run.path)
+        Run(run.path, resume=True)
     assert caught.value.exit_code == 1
     message = str(caught.value)
     assert "step-00000010 is not used: state.json: missing" in message
@@ -252,12 +331,12 @@ def test_resuming_without_any_good_checkpoint_says_why_each_was_rejected(tmp_pat
 
 def test_resuming_where_there_is_no_run_touches_nothing(tmp_path):
     with pytest.raises(RunError, match="no run to resume"):
-        Run.resume(tmp_path)
+        Run(tmp_path, resume=True)
     assert content(tmp_path) == {}
 
 
 def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.append(logged(10))
         run.save_checkpoint(10, writer("ten"), {})
         run.append(logged(20))
@@ -266,9 +345,9 @@ def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
         file.write(b'{"event": "train", "st')  # killed in the middle of a line
     (run.path / "checkpoints" / ".tmp-1").mkdir()
     (run.path / ".tmp-2.json").write_text("half")
-    resumed, checkpoint = Run.resume(run.path)
-    with resumed:
-        assert checkpoint.step == 10
+    with Run(run.path, resume=True) as resumed:
+        assert resumed.checkpoint.step == 10
+        resumed.go_on(RECIPE)
         resumed.append(logged(20))
     assert read_records(run.path) == [logged(10), logged(20)]
     set_aside = (run.path / "metrics.discarded.jsonl").read_text().splitlines()
@@ -277,7 +356,7 @@ def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
 
 
 def test_a_torn_last_line_is_not_a_record_and_a_broken_one_is_an_error(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.append(logged(10))
     path = run.path / "metrics.jsonl"
     whole = path.read_bytes()
@@ -298,7 +377,7 @@ def test_a_summary_that_is_none_is_an_error_that_names_the_file(tmp_path, text):
 
 
 def test_published_adapters_replace_the_pair_at_the_root(tmp_path):
-    with Run.create(tmp_path / "run", RECIPE) as run:
+    with begin(tmp_path / "run", RECIPE) as run:
         run.publish(writer("first"))
         run.publish(writer("better"))
     assert (run.path / "adapters.safetensors").read_text() == "better"
@@ -314,11 +393,10 @@ from mlx_tuner.runs.run import Run
 def write(folder):
     (folder / "adapters.safetensors").write_bytes(bytes(300_000))
 path = Path(sys.argv[1])
-if (path / "checkpoints").exists():
-    run, checkpoint = Run.resume(path)
-    step = checkpoint.step
-else:
-    run, step = Run.create(path, "recipe", overwrite=True), 0
+resume = (path / "checkpoints").exists()
+run = Run(path, resume=resume, overwrite=not resume)
+step = run.checkpoint.step if resume else 0
+run.go_on("recipe") if resume else run.begin("recipe")
 print("started", flush=True)
 while True:
     step += 1
@@ -338,7 +416,7 @@ def test_killed_at_any_moment_a_run_resumes_at_a_checkpoint_that_verifies(tmp_pa
             process.stdout.readline()
             time.sleep(0.06 + 0.0037 * kill)
             process.kill()
-        checkpoint, rejected = newest_checkpoint(path)
+        checkpoint, rejected = newest(path)
         assert rejected == []
         assert checkpoint.step >= reached
         reached = checkpoint.step

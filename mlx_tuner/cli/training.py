@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: adapters/RECIPE.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is there.")
+@click.option(
+    "--allow-change",
+    is_flag=True,
+    help="Resume with another length, learning_rate, eval_every or early_stopping_patience.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as plan does.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end.")
 def run(
@@ -32,6 +37,7 @@ def run(
     run_dir: Path | None,
     resume: bool,
     overwrite: bool,
+    allow_change: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -51,7 +57,14 @@ def run(
     from mlx_tuner.training import finetune
 
     with Display() as display:
-        summary = finetune(loaded, run_dir, display, resume=resume, overwrite=overwrite)
+        summary = finetune(
+            loaded,
+            run_dir,
+            display,
+            resume=resume,
+            overwrite=overwrite,
+            allow_change=allow_change,
+        )
     if as_json:
         click.echo(json.dumps(summary.to_json(), indent=2))
     else:

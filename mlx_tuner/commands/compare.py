@@ -23,7 +23,8 @@ from mlx_tuner.runs.metrics import (
     summarise,
     train_records,
 )
-from mlx_tuner.runs.run import RECIPE, is_run, is_running, read_records, read_summary
+from mlx_tuner.runs.place import RECIPE, is_run, is_running
+from mlx_tuner.runs.run import read_records, read_summary
 from mlx_tuner.words import duration, rate
 
 PLOT = "compare.png"

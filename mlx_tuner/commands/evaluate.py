@@ -32,7 +32,7 @@ from mlx_tuner.errors import Fault, TunerError, UsageError
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.recipe.tables import Recipe, load_recipe
-from mlx_tuner.runs.run import RECIPE
+from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
 from mlx_tuner.words import plural

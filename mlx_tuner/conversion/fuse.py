@@ -38,7 +38,8 @@ from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
 from mlx_tuner.models.weights import is_finite, write_weights
 from mlx_tuner.recipe.tables import Recipe, load_recipe
-from mlx_tuner.runs.run import LOSS_PLOT, RECIPE, read_summary
+from mlx_tuner.runs.place import RECIPE
+from mlx_tuner.runs.run import LOSS_PLOT, read_summary
 from mlx_tuner.system import files
 
 if TYPE_CHECKING:

@@ -190,8 +190,11 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe with every default written out: it parses to an equal recipe."""
-        tables = {name: getattr(self, name).model_dump(exclude_none=True) for name in TABLES}
-        return tomli_w.dumps(tables)
+        return tomli_w.dumps(self.plain_tables())
+
+    def plain_tables(self) -> dict[str, dict[str, Any]]:
+        """Every table as plain values; a key without one is left out."""
+        return {name: getattr(self, name).model_dump(exclude_none=True) for name in TABLES}
 
 
 def load_recipe(

@@ -230,6 +230,8 @@ class Summary(Facts):
     """10⁹ bytes."""
     nonfinite_steps: int
     """Steps whose loss or gradient was not finite, and which changed nothing."""
+    restarts: int = 0
+    """Of the training process, by itself, after it died."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -276,6 +278,7 @@ def summarise(
     runtime_seconds: float | None = None,
     other_seconds: Mapping[str, float] | None = None,
     tokenized_rows_per_second: float | None = None,
+    restarts: int = 0,
 ) -> Summary:
     """A run as its records tell it.
 
@@ -314,6 +317,7 @@ def summarise(
         tokenized_rows_per_second=tokenized_rows_per_second,
         peak_memory_gb=max((record.peak_memory_gb for record in train), default=0.0),
         nonfinite_steps=steps - len(finite),
+        restarts=restarts,
     )
 
 

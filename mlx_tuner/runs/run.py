@@ -1,142 +1,131 @@
-"""The directory of a run: locked by one process, metrics appended, checkpoints that verify."""
+"""The directory of a run: begun once or gone on with, metrics appended, results published."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
+import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlx_tuner.errors import Fault, RunError, UsageError
+from mlx_tuner.errors import Fault, RunError
+from mlx_tuner.runs import checkpoints
+from mlx_tuner.runs.checkpoints import CHECKPOINTS
 from mlx_tuner.runs.metrics import Record, Summary, record_from_json
+from mlx_tuner.runs.place import METRICS, PREVIOUS, RECIPE, RETURNING, Claim, keep_out
 from mlx_tuner.system import files
 
-RECIPE = "recipe.toml"
-METRICS = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
 SUMMARY = "summary.json"
 LOSS_PLOT = "loss.png"
 GRAD_NORM_PLOT = "grad_norm.png"
-CHECKPOINTS = "checkpoints"
 QUARANTINE = "quarantine.jsonl"
-STATE = "state.json"
-_LOCK = ".lock"
 _OURS = (
     "adapters.safetensors",
     "adapter_config.json",
-    RECIPE,
     METRICS,
     DISCARDED,
     QUARANTINE,
     SUMMARY,
+    "report.html",
+    "samples.jsonl",
     LOSS_PLOT,
     GRAD_NORM_PLOT,
     CHECKPOINTS,
+    RECIPE,
 )
-"""What `overwrite` removes."""
+"""What `overwrite` replaces. The recipe is the last to go and to come back: it makes a run."""
 
-_KEPT_CHECKPOINTS = 2
-"""The newest ones, beside the best: the second is there if the first is damaged."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint all of whose files are as they were written."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-    rejected: tuple[str, ...] = ()
-    """Newer checkpoints that are not, and why."""
+_COPIES = 5
+"""Checkpoints that may be on the disk at once: two, the best, a new one; and one of leeway."""
 
 
 class Run:
-    """A run directory that this process holds the lock of. Use it in a `with` block."""
+    """A run directory that this process holds. Use it in a `with` block.
 
-    def __init__(self, path: Path) -> None:
+    Nothing of an earlier run is changed before `begin` or `go_on`.
+
+    Args:
+        resume: take up the run there; `checkpoint` is then the newest that verifies.
+        overwrite: a run there may be replaced.
+        held: a descriptor of the folder's lock that this process has inherited.
+
+    Raises:
+        UsageError, RunError: as `Claim` does; or no checkpoint verifies, and why.
+    """
+
+    def __init__(
+        self, path: Path, *, resume: bool = False, overwrite: bool = False, held: int | None = None
+    ) -> None:
         self.path = path
-        self._descriptor = files.lock(path / _LOCK, _owner())
+        self._claim = Claim(path, resume=resume, overwrite=overwrite, held=held)
         self._saved_step: int | None = None
-
-    @classmethod
-    def create(
-        cls,
-        path: Path,
-        recipe_toml: str,
-        *,
-        overwrite: bool = False,
-        keep_out_of: Iterable[Path] = (),
-    ) -> Run:
-        """Start a run in `path`, which does not exist or is empty.
-
-        Call it once everything else is known to be right: `overwrite` removes an earlier run.
-
-        Args:
-            recipe_toml: kept as `recipe.toml`.
-            keep_out_of: folders of models and data, which a run must not be written into.
-
-        Raises:
-            UsageError: `path` has something in it, or is in one of `keep_out_of`.
-            RunError: another process is running there, or it cannot be written.
-        """
-        _check_place(path, keep_out_of)
-        if _content(path) and not (path / _LOCK).exists():
-            what = "is not empty and not a run; choose another folder with --run-dir"
-            raise UsageError(Fault(str(path), "", what))
-        files.make_folder(path)
-        run = cls(path)
+        self.checkpoint: checkpoints.Checkpoint | None = None
+        self.rejected: list[str] = []
+        """Checkpoints newer than the one that is used, and why they are not."""
         try:
-            if _content(path) and not overwrite:
-                what = (
-                    "has a run in it; continue it with --resume, replace it with --overwrite, "
-                    "or choose another folder with --run-dir"
-                )
-                raise UsageError(Fault(str(path), "", what))
-            files.sweep(path)
-            for name in _OURS:
-                if (path / name).exists():
-                    files.remove(path / name)
-            files.write_text(path / RECIPE, recipe_toml)
-        except BaseException:
-            run.close()
-            raise
-        return run
-
-    @classmethod
-    def resume(cls, path: Path) -> tuple[Run, Checkpoint]:
-        """Take up the run in `path` at its newest checkpoint that verifies.
-
-        Newer checkpoints, which do not, are removed. Metric lines after the checkpoint are moved to
-        `metrics.discarded.jsonl`.
-
-        Raises:
-            RunError: no checkpoint verifies, and why; or another process is running there.
-        """
-        if not is_run(path):
-            raise RunError(
-                Fault(str(path), "", "there is no run to resume; start without --resume")
-            )
-        run = cls(path)
-        try:
+            self._put_back()
             files.sweep(path)
             if (path / CHECKPOINTS).is_dir():
                 files.sweep(path / CHECKPOINTS)
-            checkpoint, rejected = newest_checkpoint(path)
-            if checkpoint is None:
-                what = "no checkpoint to resume from; start again with --overwrite"
-                faults = [Fault(str(path / CHECKPOINTS), "", reason) for reason in rejected]
-                raise RunError(Fault(str(path), "", what), *faults)
-            for name in _checkpoints(path)[: len(rejected)]:
-                files.remove(path / CHECKPOINTS / name)
-            run._cut_metrics(checkpoint.state["metrics_bytes"])
+            if resume:
+                self.checkpoint, self.rejected = checkpoints.newest(path)
+                if self.checkpoint is None:
+                    what = "no checkpoint to resume from; start again with --overwrite"
+                    faults = [Fault(str(path / CHECKPOINTS), "", each) for each in self.rejected]
+                    raise RunError(Fault(str(path), "", what), *faults)
         except BaseException:
-            run.close()
+            self._claim.release()
             raise
-        return run, checkpoint
+
+    def begin(self, recipe_toml: str, *, keep_out_of: Iterable[Path] = ()) -> None:
+        """Start a new run, once everything else is known to be right.
+
+        An earlier one is kept until the first checkpoint of this one; it comes back if there is
+        none.
+
+        Args:
+            keep_out_of: folders of models and data, which a run must not be written into.
+
+        Raises:
+            UsageError: the run is in one of `keep_out_of`.
+        """
+        keep_out(self.path, keep_out_of)
+        aside = self.path / RETURNING
+        there = [name for name in _OURS if (self.path / name).exists()]
+        if there:
+            files.make_folder(aside)
+            for name in there:
+                files.move(self.path / name, aside / name)
+            files.move(aside, self.path / PREVIOUS)
+        files.write_text(self.path / RECIPE, recipe_toml)
+
+    def go_on(self, recipe_toml: str) -> None:
+        """Take the run up at `checkpoint`.
+
+        Newer checkpoints are removed. Metric lines after it move to `metrics.discarded.jsonl`.
+        """
+        assert self.checkpoint is not None
+        for name in checkpoints.names(self.path)[: len(self.rejected)]:
+            files.remove(self.path / CHECKPOINTS / name)
+        self._cut_metrics(self.checkpoint.state["metrics_bytes"])
+        if (self.path / RECIPE).read_text("utf-8") != recipe_toml:
+            files.write_text(self.path / RECIPE, recipe_toml)
+
+    def require_space(self, checkpoint_bytes: int) -> None:
+        """Refuse a run whose checkpoints the disk has no room for.
+
+        Raises:
+            RunError: bytes needed and bytes free.
+        """
+        needed, free = _COPIES * checkpoint_bytes, shutil.disk_usage(self.path).free
+        if free < needed:
+            what = (
+                f"checkpoints need {needed:,} bytes, {free:,} are free; "
+                "free some disk space, or choose another folder with --run-dir"
+            )
+            raise RunError(Fault(str(self.path), "", what))
 
     def append(self, record: Record) -> None:
         """Add a line to `metrics.jsonl`."""
@@ -149,37 +138,26 @@ class Run:
         state: Mapping[str, Any],
         *,
         best_step: int | None = None,
-    ) -> Path:
-        """Keep a checkpoint after `step` steps, and drop those no longer needed.
+        size: int | None = None,
+    ) -> None:
+        """Keep a checkpoint after `step` steps, with the place in the metrics (`checkpoints.save`).
 
-        The two newest stay, and that of `best_step` if there is one.
-
-        Args:
-            write: puts adapter and optimizer into the folder that it is given.
-            state: plain values, kept in `state.json` with the step and the place in the metrics.
+        The first one ends what `begin` has kept of an earlier run.
         """
-        path = self.path / CHECKPOINTS / _name(step)
         if step == self._saved_step:
-            return path
+            return
         metrics = self.path / METRICS
         if metrics.exists():
             files.sync(metrics)
-        size = metrics.stat().st_size if metrics.exists() else 0
-        if path.exists():  # did not verify, or this run would have gone on from it
-            files.remove(path)
-        with files.staging(path) as folder:
-            write(folder)
-            files.write_json(folder / STATE, {"step": step, "metrics_bytes": size, **state})
+        place = {"metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}
+        checkpoints.save(self.path, step, write, {**place, **state}, best_step=best_step, size=size)
+        if self._saved_step is None and (self.path / PREVIOUS).exists():
+            files.remove(self.path / PREVIOUS)
         self._saved_step = step
-        kept = {*_checkpoints(self.path)[:_KEPT_CHECKPOINTS], _name(best_step or 0)}
-        for name in _checkpoints(self.path):
-            if name not in kept:
-                files.remove(self.path / CHECKPOINTS / name)
-        return path
 
-    def publish(self, write: Callable[[Path], None]) -> None:
+    def publish(self, write: Callable[[Path], None], *, size: int | None = None) -> None:
         """Make the files that `write` puts into the folder it is given those of the run itself."""
-        with files.filling(self.path) as folder:
+        with files.filling(self.path, size) as folder:
             write(folder)
 
     def write_summary(self, summary: Summary) -> None:
@@ -187,10 +165,11 @@ class Run:
         files.write_json(self.path / SUMMARY, summary.to_json())
 
     def close(self) -> None:
-        """Give the lock back."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Give the folder back, with an earlier run in it that was not replaced after all."""
+        try:
+            self._put_back()
+        finally:
+            self._claim.release()
 
     def __enter__(self) -> Run:
         return self
@@ -202,6 +181,23 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _put_back(self) -> None:
+        """Undo a `begin` that no checkpoint came of, however far it or an earlier undoing got."""
+        previous, returning = self.path / PREVIOUS, self.path / RETURNING
+        if previous.is_dir():
+            if checkpoints.newest(self.path)[0] is not None:
+                files.remove(previous)
+                return
+            for name in _OURS:
+                if (self.path / name).exists():
+                    files.remove(self.path / name)
+            files.move(previous, returning)
+        if returning.is_dir():
+            for name in _OURS:
+                if (returning / name).exists():
+                    files.move(returning / name, self.path / name)
+            files.remove(returning)
 
     def _cut_metrics(self, size: int) -> None:
         """Leave the first `size` bytes of the metrics; whole lines after them are set aside."""
@@ -215,19 +211,6 @@ class Run:
         if (self.path / DISCARDED).exists():
             files.sync(self.path / DISCARDED)
         files.write_bytes(path, content[:size])
-
-
-def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that verifies, and why newer ones were rejected."""
-    rejected: list[str] = []
-    for name in _checkpoints(run):
-        path = run / CHECKPOINTS / name
-        wrong = files.verify(path)
-        if not wrong:
-            state = json.loads((path / STATE).read_bytes())
-            return Checkpoint(path, state["step"], state, tuple(rejected)), rejected
-        rejected.append(f"{name} is not used: {wrong[0]}")
-    return None, rejected
 
 
 def read_records(run: Path) -> list[Record]:
@@ -269,16 +252,6 @@ def read_summary(run: Path) -> Summary | None:
         raise RunError(Fault(str(path), "", f"is not the summary of a run: {error}")) from None
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` has what every run has from its start."""
-    return (path / RECIPE).is_file() or (path / METRICS).is_file()
-
-
-def is_running(path: Path) -> bool:
-    """Whether a process holds the lock of the run in `path`."""
-    return files.lock_holder(path / _LOCK) is not None
-
-
 def _object(text: bytes) -> dict[str, Any]:
     """A JSON object. ValueError for anything else."""
     try:
@@ -288,36 +261,3 @@ def _object(text: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
-
-
-def _checkpoints(run: Path) -> list[str]:
-    """Names of the checkpoints of a run, newest first."""
-    paths = (run / CHECKPOINTS).glob("step-*")
-    return sorted((p.name for p in paths if p.name[5:].isdecimal() and p.is_dir()), reverse=True)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _owner() -> str:
-    return f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
-
-
-def _content(path: Path) -> list[str]:
-    """What is in a folder, leaving out hidden files such as the lock and what Finder writes."""
-    if not path.is_dir():
-        return []
-    return [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
-
-
-def _check_place(path: Path, keep_out_of: Iterable[Path]) -> None:
-    if path.exists() and not path.is_dir():
-        what = "is not a folder; choose another one with --run-dir"
-        raise UsageError(Fault(str(path), "", what))
-    place = path.resolve()
-    for folder in keep_out_of:
-        own = folder.resolve()
-        if place == own or own in place.parents:
-            what = f"is where {folder} is; choose another folder with --run-dir"
-            raise UsageError(Fault(str(path), "", what))

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,6 @@ _TEMPORARY = ".tmp-"
 _TRASH = ".trash-"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _CANNOT_SYNC = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
 
 
@@ -45,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
     otherwise the temporary file is removed and an earlier `path` is as it was.
     """
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix}")
-    with _faults_named(path):
+    with faults_named(path):
         make_folder(path.parent)
         try:
             yield temporary
@@ -59,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Make `path` hold `data`."""
-    with replacing(path) as temporary, _faults_named(path, len(data)):
+    with replacing(path) as temporary, faults_named(path, len(data)):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             _write(descriptor, data)
@@ -80,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 def append_line(path: Path, text: str) -> None:
     """Add one line to `path`, in one write: the whole line or nothing. Not flushed (see `sync`)."""
     line = text.encode("utf-8") + b"\n"
-    with _faults_named(path, len(line)):
+    with faults_named(path, len(line)):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o666)
         try:
@@ -97,7 +95,7 @@ def append_line(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Put what was appended to `path` on the disk."""
-    with _faults_named(path):
+    with faults_named(path):
         _sync(path)
         _sync(path.parent)
 
@@ -114,18 +112,21 @@ def require_new(directory: Path) -> None:
 
 
 @contextmanager
-def staging(directory: Path) -> Iterator[Path]:
+def staging(directory: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary folder beside `directory`; once filled and flushed, it becomes `directory`.
 
     `MANIFEST.json`, with the size and SHA-256 of every file, is written last. `directory` must not
     exist, or be empty. After an exception in the block nothing is left, and what a killed process
     left of the same `directory` is removed by the next one.
+
+    Args:
+        size: bytes that it takes, for the message of a full disk.
     """
     require_new(directory)
     target = directory.resolve()  # which has a name and a parent, unlike "."
     prefix = f"{_TEMPORARY}{target.name[:64]}-"
     temporary = target.with_name(f"{prefix}{uuid.uuid4().hex}")
-    with _faults_named(directory), ExitStack() as stack:
+    with faults_named(directory, size), ExitStack() as stack:
         _discard_abandoned(target.parent, prefix)
         try:
             make_folder(temporary)
@@ -148,14 +149,14 @@ def staging(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(directory: Path) -> Iterator[Path]:
+def filling(directory: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary folder in `directory`; each file put there then replaces its namesake.
 
     Every file is whole at any time, though a crash may leave the first of them new and the last
     old. They come in the order of their names.
     """
     temporary = directory / f"{_TEMPORARY}{uuid.uuid4().hex}"
-    with _faults_named(directory):
+    with faults_named(directory, size):
         try:
             make_folder(temporary)
             yield temporary
@@ -210,7 +211,7 @@ def sha256(path: Path) -> str:
 
 def make_folder(path: Path) -> None:
     """Make `path` and the folders above it that are not there yet, for good."""
-    with _faults_named(path):
+    with faults_named(path):
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
@@ -222,59 +223,38 @@ def make_folder(path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all it holds: its name goes at once, then the content."""
     trash = path.with_name(f"{_TRASH}{uuid.uuid4().hex}")
-    with _faults_named(path):
+    with faults_named(path):
         _rename(path, trash)
-    _discard(trash)
+    discard(trash)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name on the same volume, for good."""
+    with faults_named(target):
+        _rename(source, target)
+        _sync(source.parent)
 
 
 def sweep(directory: Path) -> None:
     """Remove what killed writers left in `directory`. Only for the holder of the folder's lock."""
     for path in directory.iterdir():
         if path.name.startswith((_TEMPORARY, _TRASH)):
-            _discard(path)
+            discard(path)
 
 
-def lock(path: Path, owner: str) -> int:
-    """Hold `path` as a lock for as long as this process lives, or until the descriptor is closed.
-
-    `owner` is written into the file for whoever comes second: who gets a `RunError` that quotes it.
-    The file is never removed: the kernel frees the lock. Returns the descriptor to close.
-    """
-    with _faults_named(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                what = f"is in use by {_owner(descriptor)}; wait for it, or stop it"
-                raise RunError(Fault(str(path.parent), "", what)) from None
-            except OSError as error:
-                # Some network file systems have no locks; unique temporary names keep data whole.
-                if error.errno not in _NO_LOCKS:
-                    raise
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, owner.encode("utf-8") + b"\n", 0)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
+def discard(path: Path) -> None:
+    """Delete what already counts as gone; what cannot be deleted is left to the next `sweep`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
-def lock_holder(path: Path) -> str | None:
-    """What the live owner of a lock wrote into it; None if nobody holds it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return _owner(descriptor)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
+def discard_empty(folder: Path) -> None:
+    """Delete a folder if it is empty."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 # ---- the primitives: every byte, flush and rename goes through these ---------------------------
@@ -314,15 +294,6 @@ def _rename(source: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def _owner(descriptor: int) -> str:
-    """What is written in an open lock file."""
-    for _ in range(20):
-        if text := os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip():
-            return text
-        time.sleep(0.01)  # the owner got the lock a moment ago, and is about to write
-    return "another process"
-
-
 # ---- helpers -----------------------------------------------------------------------------------
 
 
@@ -345,17 +316,8 @@ def _discard_abandoned(directory: Path, prefix: str) -> None:
     for path in directory.glob(f"{glob.escape(prefix)}*"):
         with suppress(OSError):
             if (held := _hold(path)) is not None:
-                _discard(path)
+                discard(path)
                 os.close(held)
-
-
-def _discard(path: Path) -> None:
-    """Delete what already counts as gone; what cannot be deleted is left to the next `sweep`."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _files_below(directory: Path) -> dict[str, Path]:
@@ -375,23 +337,42 @@ def _manifest(files: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _faults_named(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn an `OSError` into a `RunError` that names `path` and what can be done."""
+def faults_named(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn an `OSError` into a `RunError` that names `path` and what can be done.
+
+    An error that names a file elsewhere is one of reading what is to be written.
+
+    Args:
+        size: bytes that were to be written.
+    """
+    amount = "" if size is None else f" {size:,} bytes"
     try:
         yield
     except OSError as error:
+        cause = error.strerror or str(error)
+        if (source := _source(error, path)) is not None:
+            what = f"cannot be read: {cause}; check the file and its permissions"
+            raise RunError(Fault(str(source), "", what)) from error
         if error.errno in _NO_SPACE:
             todo = "free some disk space"
         elif error.errno in _NOT_ALLOWED:
             todo = "check the permissions, or choose another folder"
         else:
             todo = "check the disk and the path"
-        amount = "" if size is None else f" {size:,} bytes"
-        cause = error.strerror or str(error)
         raise RunError(Fault(str(path), "", f"cannot write{amount}: {cause}; {todo}")) from error
     except RuntimeError as error:
         # A write that fails inside MLX has no errno: "[write] Unable to write 3088 bytes to file."
         if not str(error).startswith(("[write]", "[save")):
             raise
-        what = f"cannot write: {error} Free some disk space, or check the permissions"
+        what = f"cannot write{amount}: {error} Free some disk space, or check the permissions"
         raise RunError(Fault(str(path), "", what)) from error
+
+
+def _source(error: OSError, target: Path) -> Path | None:
+    """The file that an error is about, if it is neither `target` nor on the way to it."""
+    if not isinstance(error.filename, str | bytes):
+        return None
+    source, target = Path(os.fsdecode(error.filename)).absolute(), target.absolute()
+    ours = source == target or source in target.parents or target in source.parents
+    staged = any(part.startswith((_TEMPORARY, _TRASH)) for part in source.parts)
+    return None if ours or staged else source

@@ -1,0 +1,86 @@
+"""What makes a resumed run the same run: its recipe, its rows and its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlx_tuner.errors import DataError, Fault, ModelError, RecipeError, RunError
+
+FREE = {"micro_batch_tokens", "gradient_checkpointing", "log_every", "save_every"}
+"""Keys of [train] that change no result."""
+ON_REQUEST = {"epochs", "max_steps", "eval_every", "early_stopping_patience", "learning_rate"}
+"""Keys of [train] that change it in a defined way, from the checkpoint on."""
+_CHECKED = ("model", "data", "lora", "train")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Kept in every checkpoint."""
+
+    recipe: dict[str, Any]
+    """The resolved tables as plain values."""
+    rows: dict[str, Any]
+    """Of "train" and "valid": a digest of the rows' content and order."""
+    base: str
+    """Fingerprint of the base model's weights."""
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain values, for `check`."""
+        return asdict(self)
+
+    def check(self, kept: Mapping[str, Any] | None, source: str, *, allow_change: bool) -> None:
+        """Refuse to go on from a checkpoint of another run.
+
+        Args:
+            kept: what that one's `to_state` was; None for checkpoints older than this check.
+            source: the recipe's name, for messages.
+
+        Raises:
+            RecipeError: the keys that differ, with both values.
+            DataError, ModelError: the rows or the base model are others.
+        """
+        if kept is None:
+            raise RunError(Fault(source, "", "was begun by an older version; use --overwrite"))
+        if faults := self._recipe_faults(kept["recipe"], source, allow_change):
+            raise RecipeError(*faults)
+        for name, digest in self.rows.items():
+            if digest != (before := kept["rows"].get(name)):
+                what = (
+                    f"has other rows than the run began with ({_short(before)} then, "
+                    f"{_short(digest)} now); bring them back, or start over with --overwrite"
+                )
+                raise DataError(Fault(source, f"data.{name}", what))
+        if self.base != kept["base"]:
+            what = (
+                f"holds other weights than the run began with ({_short(kept['base'])} then, "
+                f"{_short(self.base)} now); give that model, or start over with --overwrite"
+            )
+            raise ModelError(Fault(source, "model.path", what))
+
+    def _recipe_faults(
+        self, before: Mapping[str, Any], source: str, allow_change: bool
+    ) -> list[Fault]:
+        faults = []
+        for table in _CHECKED:
+            old, new = before[table], self.recipe[table]
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) == new.get(key) or (table == "train" and key in FREE):
+                    continue
+                on_request = table == "train" and key in ON_REQUEST
+                if on_request and allow_change:
+                    continue
+                way = (
+                    "allow it with --allow-change" if on_request else "start over with --overwrite"
+                )
+                what = (
+                    f"is {new.get(key)!r}, but the run began with {old.get(key)!r}; "
+                    f"resume with the same recipe, or {way}"
+                )
+                faults.append(Fault(source, f"{table}.{key}", what))
+        return faults
+
+
+def _short(digest: object) -> str:
+    return "none" if digest is None else str(digest)[:12]

@@ -1,0 +1,96 @@
+"""What a training process tells the process that watches over it, in lines on a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+VARIABLE = "MLX_TUNE_SUPERVISED"
+"""Environment variable that makes `mlx-tune run` train in this process (`Handover`)."""
+
+CRASHED = 70
+"""Exit code of a training process that met an error which is nobody's input's."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Descriptors that a supervisor lets its child inherit, and how often it has restarted."""
+
+    lock: int
+    """Of the run's folder."""
+    pulse: int
+    """Takes the lines."""
+    alive: int
+    """Ends when the supervisor does."""
+    terminal: int
+    """Standard error as the person sees it; descriptor 2 is the supervisor's to read."""
+    restarts: int | None
+    """All restarts of the run so far; None in the first start, which asks its checkpoint."""
+
+    def to_json(self) -> str:
+        """One line, for `VARIABLE`."""
+        return json.dumps(asdict(self))
+
+
+class Pulse:
+    """Tells a supervisor how far a run is, or nobody."""
+
+    def __init__(self, handover: Handover | None = None) -> None:
+        self._pipe = handover.pulse if handover else None
+        self.lock = handover.lock if handover else None
+        self.restarts = handover.restarts if handover else None
+
+    def started(self, micro_batch_tokens: int) -> None:
+        """Say what a forward pass takes at most: half of it is tried where memory ends."""
+        self._tell(f"started {micro_batch_tokens}")
+
+    def restarted(self, count: int) -> None:
+        """Say how many restarts the run has had."""
+        self._tell(f"restarts {count}")
+
+    def beat(self) -> None:
+        """Say that something goes on."""
+        self._tell("beat")
+
+    def saved(self, step: int) -> None:
+        """Say that a checkpoint is on the disk."""
+        self._tell(f"saved {step}")
+
+    def crashed(self, message: str) -> None:
+        """Say what ended this process."""
+        self._tell(f"crashed {' '.join(message.split())[:2000]}")
+
+    def _tell(self, line: str) -> None:
+        if self._pipe is not None:
+            with suppress(OSError):  # a supervisor that has just gone
+                os.write(self._pipe, line.encode() + b"\n")
+
+
+def take_over() -> Pulse | None:
+    """The pulse of a process that a supervisor has started; None for any other.
+
+    From here on this process ends when its supervisor does.
+    """
+    if (text := os.environ.pop(VARIABLE, None)) is None:
+        return None
+    handover = Handover(**json.loads(text))
+    for descriptor in (handover.lock, handover.pulse, handover.alive, handover.terminal):
+        os.set_inheritable(descriptor, False)
+    sys.stderr = os.fdopen(handover.terminal, "w", buffering=1, errors="backslashreplace")
+    threading.Thread(target=_end_with, args=(handover.alive,), daemon=True).start()
+    import faulthandler
+
+    faulthandler.enable(2)
+    return Pulse(handover)
+
+
+def _end_with(alive: int) -> None:
+    """Wait for the end of the supervisor, and end too: checkpoints are whole at any time."""
+    with suppress(OSError):
+        os.read(alive, 1)
+    os.kill(os.getpid(), signal.SIGKILL)

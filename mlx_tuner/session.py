@@ -1,0 +1,337 @@
+"""One process's part of a run: from its first step to the last that it makes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_tuner import assembly
+from mlx_tuner.data.dataset import shared_rows
+from mlx_tuner.data.stream import prefetch
+from mlx_tuner.engine.batching import Example
+from mlx_tuner.engine.optimizer import State
+from mlx_tuner.engine.trainer import StepResult, Trainer, train
+from mlx_tuner.errors import Fault, RunError, RunStopped
+from mlx_tuner.models import adapter
+from mlx_tuner.models import model as models
+from mlx_tuner.models.adapter import Adapter
+from mlx_tuner.recipe import schedule
+from mlx_tuner.recipe.tables import Recipe
+from mlx_tuner.runs.checkpoints import Checkpoint
+from mlx_tuner.runs.identity import Identity
+from mlx_tuner.runs.metrics import (
+    FINISHED,
+    STOPPED,
+    STOPPED_EARLY,
+    EvalRecord,
+    Facts,
+    Meter,
+    Summary,
+    summarise,
+)
+from mlx_tuner.runs.pulse import Pulse
+from mlx_tuner.runs.run import (
+    GRAD_NORM_PLOT,
+    LOSS_PLOT,
+    QUARANTINE,
+    Run,
+    read_records,
+    read_summary,
+)
+from mlx_tuner.show import plots
+from mlx_tuner.show.progress import Display
+from mlx_tuner.system import files, interrupt
+from mlx_tuner.words import plural
+
+OPTIMIZER = "optimizer.safetensors"
+
+NONFINITE_LIMIT = 3
+"""Steps in a row without a finite loss and gradient that end a run."""
+
+_PARTS = 3
+"""An adapter, and two moments of its size, are what a checkpoint holds."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint keeps beside adapter and optimizer."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    evaluations_since_best: int = 0
+    nonfinite_in_a_row: int = 0
+    restarts: int = 0
+    """Of the training process, by its supervisor."""
+    meter: Meter = field(default_factory=Meter)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for `resumed`."""
+        names = ("best_step", "best_val_loss", "evaluations_since_best", "nonfinite_in_a_row")
+        kept = {name: getattr(self, name) for name in (*names, "restarts")}
+        return {**kept, "meter": self.meter.state()}
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any]) -> Progress:
+        """The progress that a checkpoint has kept."""
+        names = ("step", "best_step", "best_val_loss", "evaluations_since_best")
+        kept = {name: state[name] for name in (*names, "nonfinite_in_a_row", "restarts")}
+        return cls(**kept, meter=Meter.from_json(state["meter"]))
+
+
+@dataclass
+class Session:
+    """Trains, evaluates and saves at the recipe's intervals."""
+
+    recipe: Recipe
+    run: Run
+    display: Display
+    trainer: Trainer
+    data: assembly.Data
+    learning_rates: list[float]
+    identity: Identity
+    pulse: Pulse
+    progress: Progress = field(default_factory=Progress)
+
+    def run_all(self) -> Summary:
+        """Go on until the end, or a signal.
+
+        Raises:
+            RunError: steps in a row were not finite; or the disk failed.
+            RunStopped: a signal came; the run is saved.
+        """
+        self._announce()
+        every, steps = self.recipe.train, len(self.learning_rates)
+        status = FINISHED
+        if self.progress.step == 0:
+            self._evaluate()
+        with interrupt.deferred() as signal:
+            for result in self._steps():
+                step = self.progress.step
+                self._check_finite(result)
+                if step % every.log_every == 0 or step == steps:
+                    self._log()
+                if step % every.eval_every == 0 or step == steps:
+                    self._evaluate()
+                if self._is_stale():
+                    status = STOPPED_EARLY
+                elif signal.received and step < steps:
+                    status = STOPPED
+                if step % every.save_every == 0 or step == steps or status != FINISHED:
+                    self._save()
+                if status != FINISHED:
+                    break
+        summary = self._finish(status)
+        if signal.received and status == STOPPED:
+            raise RunStopped(signal.received, self.progress.step, self.run.path)
+        return summary
+
+    def is_finished(self) -> bool:
+        """Whether no step is left: all are made, or the run has stopped early."""
+        return self.progress.step >= len(self.learning_rates) or self._is_stale()
+
+    def already_finished(self) -> Summary:
+        """Say that a run which is resumed has ended; its summary, as it was left or made now."""
+        early = " early, by its evaluations" if self._is_stale() else ""
+        what = f"{self.run.path}: has finished{early}, after step {self.progress.step}"
+        self.display.note(f"{what}; nothing is left to train")
+        summary = read_summary(self.run.path)
+        if summary is not None and summary.steps == self.progress.step:
+            return summary
+        return self._finish(STOPPED_EARLY if early else FINISHED)
+
+    def _announce(self) -> None:
+        if self.pulse.restarts is not None:
+            self.progress.restarts = self.pulse.restarts
+        self.pulse.restarted(self.progress.restarts)
+        self.pulse.started(self.trainer.micro_batch_tokens)
+        self.display.start(self._facts, first_step=self.progress.step)
+        for reason in self.run.rejected:
+            self.display.note(reason)
+        if self.progress.step:
+            restarts = plural(self.progress.restarts, "restart")
+            so_far = f", after {restarts}" if self.progress.restarts else ""
+            self.display.note(f"goes on after step {self.progress.step}{so_far}")
+        for note in self.data.train.notes:
+            self.display.note(note)
+        valid = self.data.valid
+        if valid is not None and (shared := shared_rows(self.data.train, valid)):
+            rows = plural(shared, "validation row")
+            self.display.note(f"{rows} trained on as well, so that validation flatters")
+        if self.data.train.quarantined:
+            lines = [entry.to_json() + "\n" for entry in self.data.train.quarantined]
+            files.write_text(self.run.path / QUARANTINE, "".join(lines))
+
+    def _steps(self) -> Iterator[StepResult]:
+        """Train step after step and count each one in."""
+        rows, first = len(self.data.train), self.progress.step
+        order = assembly.row_order(self.recipe, rows, first, len(self.learning_rates))
+        self._examples: deque[list[Example]] = deque()
+
+        def batches() -> Iterator[list[Example]]:
+            for examples in prefetch(self.data.train, order):
+                self._examples.append(examples)
+                yield examples
+
+        rates = self.learning_rates[first:]
+        for result in train(self.trainer, batches(), rates, first_step=first):
+            self.progress.step += 1
+            self.progress.meter.step(result)
+            self.display.step(result)
+            self.pulse.beat()
+            yield result
+            self._examples.popleft()
+
+    @property
+    def _facts(self) -> Facts:
+        return Facts(
+            recipe=self.recipe.name,
+            model=self.recipe.model.path,
+            rows=len(self.data.train),
+            rank=self.recipe.lora.rank,
+            total_steps=len(self.learning_rates),
+            trainable_parameters=assembly.trainable_parameters(self.trainer.model),
+            total_parameters=models.parameter_count(self.trainer.model),
+        )
+
+    @property
+    def _epoch(self) -> float:
+        rows, batch_size = len(self.data.train), self.recipe.train.batch_size
+        return schedule.epoch_at(self.progress.step, rows, batch_size)
+
+    def _log(self) -> None:
+        record = self.progress.meter.record(
+            self.progress.step,
+            self._epoch,
+            memory_gb=(mx.get_active_memory() + mx.get_cache_memory()) / 1e9,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+        )
+        self.run.append(record)
+        self.display.record(record)
+
+    def _evaluate(self) -> None:
+        """Measure the validation loss; the adapter of the best one is the run's."""
+        if self.data.valid is None:
+            return
+        with self.display.task("evaluating"), self.progress.meter.timing("evaluating"):
+            loss = self.trainer.evaluate(self._beating(assembly.in_order(self.data.valid)))
+        progress = self.progress
+        record = EvalRecord(step=progress.step, epoch=self._epoch, val_loss=loss)
+        lowest = math.inf if progress.best_val_loss is None else progress.best_val_loss
+        best = progress.step > 0 and loss < lowest
+        self.run.append(record)
+        self.display.record(record, best=best)
+        if best:
+            progress.best_step, progress.best_val_loss = progress.step, loss
+            progress.evaluations_since_best = 0
+            self._publish()
+        elif progress.step > 0:
+            progress.evaluations_since_best += 1
+
+    def _beating(self, batches: Iterator[list[Example]]) -> Iterator[list[Example]]:
+        for examples in batches:
+            self.pulse.beat()
+            yield examples
+
+    def _is_stale(self) -> bool:
+        patience = self.recipe.train.early_stopping_patience
+        return bool(patience) and self.progress.evaluations_since_best >= patience
+
+    def _check_finite(self, result: StepResult) -> None:
+        """Say which rows made a step that was not finite; enough of them in a row end the run."""
+        if result.finite:
+            self.progress.nonfinite_in_a_row = 0
+            return
+        self.progress.nonfinite_in_a_row += 1
+        lines = ", ".join(str(self.data.train.line(example.row)) for example in self._examples[0])
+        what = f"step {self.progress.step} had no finite loss or gradient; its rows: lines {lines}"
+        self.display.note(f"{what}; it changed nothing")
+        if self.progress.nonfinite_in_a_row == NONFINITE_LIMIT:
+            cause = f"{what}; {NONFINITE_LIMIT} steps in a row: lower train.learning_rate"
+            raise RunError(Fault(self.recipe.data.train, "", cause))
+
+    def _save(self) -> None:
+        """Keep a checkpoint; without validation rows its adapter is the run's too."""
+        state = {
+            **self.progress.state(),
+            "identity": self.identity.to_state(),
+            "micro_batch_tokens": self.trainer.micro_batch_tokens,
+        }
+        with self.progress.meter.timing("saving"):
+            self.run.save_checkpoint(
+                self.progress.step,
+                self._write_checkpoint,
+                state,
+                best_step=self.progress.best_step,
+                size=checkpoint_bytes(self.trainer),
+            )
+            self.pulse.saved(self.progress.step)
+            if self.data.valid is None:
+                self._publish()
+
+    def _publish(self) -> None:
+        self.run.publish(self._write_adapter, size=checkpoint_bytes(self.trainer) // _PARTS)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._write_adapter(folder)
+        state = self.trainer.state
+        moments = {
+            "first_moment": state.first_moment,
+            "second_moment": state.second_moment,
+            "updates": state.updates,
+        }
+        adapter.write_tensors(folder / OPTIMIZER, moments, "mlx", None)
+
+    def _write_adapter(self, folder: Path) -> None:
+        lora, layers = self.recipe.lora, self.recipe.lora.num_layers
+        trained = Adapter(
+            self.trainer.adapter,
+            rank=lora.rank,
+            scale=lora.scale,
+            dropout=lora.dropout,
+            num_layers=adapter.ALL_LAYERS if layers is None else layers,
+            base=self.recipe.model.path,
+            revision=self.recipe.model.revision,
+            fingerprint=self.identity.base,
+        )
+        adapter.write_adapter(folder, trained)
+
+    def _finish(self, status: str) -> Summary:
+        meter = self.progress.meter
+        if meter.losses:  # steps since the last log line
+            self._log()
+        records = read_records(self.run.path)
+        summary = summarise(
+            self._facts,
+            records,
+            status=status,
+            runtime_seconds=meter.elapsed_seconds,
+            other_seconds=meter.other_seconds,
+            tokenized_rows_per_second=self.data.train.rows_per_second,
+            restarts=self.progress.restarts,
+        )
+        with self.display.task("drawing the plots"):
+            plots.loss_curve(self.run.path / LOSS_PLOT, records, summary.best_step)
+            plots.grad_norm_curve(self.run.path / GRAD_NORM_PLOT, records)
+        self.run.write_summary(summary)
+        return summary
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """What a checkpoint of a trainer takes on the disk, but for small files."""
+    return _PARTS * int(trainer.state.parameters.nbytes)
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
+    """Put adapter and optimizer back as a checkpoint has them."""
+    kept = adapter.read_adapter(checkpoint.path)
+    moments = mx.load(str(checkpoint.path / OPTIMIZER))
+    trainer.state = State(trainer.shapes.flatten(kept.tensors), **moments)
+    mx.eval(trainer.state)
+    return Progress.resumed(checkpoint.state)
