@@ -134,44 +134,32 @@ def save(
     baseline: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `benchmarks/results/NAME.json`, and README.md anew; arguments as in `result`."""
-    import readme
+    """Write `benchmarks/results/NAME.json`; arguments as in `result`.
 
+    `python benchmarks/readme.py` then writes README.md anew.
+    """
     from mlx_tuner.system import files
 
     path = RESULTS / f"{name}.json"
     files.write_json(path, result(name, runs, baseline=baseline, settings=settings))
-    readme.write()
     return path
 
 
 def table(runs: Mapping[str, Sequence[Measures]], *, baseline: str | None = None) -> str:
     """A Markdown table: a row a figure, a column a variant, then each one's ratio to `baseline`."""
-    measures = {variant: spreads(turns) for variant, turns in runs.items()}
-    return _table(measures, _ratios(runs, baseline), baseline)
+    return table_of(result("", runs, baseline=baseline))
 
 
 def table_of(found: Mapping[str, Any]) -> str:
     """The same table of a result file's content."""
-    measures, ratios = (
-        {
-            variant: {key: Spread(**spread) for key, spread in figures.items()}
-            for variant, figures in found[part].items()
-        }
-        for part in ("measures", "ratios")
-    )
-    return _table(measures, ratios, next((name for name in measures if name not in ratios), None))
-
-
-def _table(
-    measures: Mapping[str, Mapping[str, Spread]],
-    ratios: Mapping[str, Mapping[str, Spread]],
-    baseline: str | None,
-) -> str:
+    measures, ratios = found["measures"], found["ratios"]
+    baseline = next((name for name in measures if name not in ratios), None)
     header = ["", *measures, *(f"{variant} / {baseline}" for variant in ratios)]
     columns = [*measures.values(), *ratios.values()]
-    keys = dict.fromkeys(key for figures in measures.values() for key in figures)
-    rows = [[key, *(str(column.get(key, "")) for column in columns)] for key in keys]
+    rows = [
+        [key, *(str(Spread(**column[key])) if key in column else "" for column in columns)]
+        for key in dict.fromkeys(key for figures in measures.values() for key in figures)
+    ]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         f"| {' | '.join(map(str.ljust, cells, widths))} |"

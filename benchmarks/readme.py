@@ -6,20 +6,25 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import harness
 
-from mlx_tuner.bench.report import markdown_row, markdown_table
+from mlx_tuner.bench.bench import Result
+from mlx_tuner.bench.report import (
+    MARKDOWN_COLUMNS,
+    markdown_row,
+    markdown_table,
+    sweep_markdown,
+)
 from mlx_tuner.system import files
 from mlx_tuner.words import ram
 
 INTRODUCTION = """\
 # Benchmarks
 
-Written by `benchmarks/readme.py` from the files in `benchmarks/results/`: a benchmark that is run
-again changes it. (After `mlx-tune bench`, run `python benchmarks/readme.py`.)
+Written by `python benchmarks/readme.py` from the files in `benchmarks/results/`: run it after a
+benchmark.
 
 | command | measures |
 | --- | --- |
@@ -48,23 +53,19 @@ def write() -> None:
 def readme(results: list[dict[str, Any]]) -> str:
     """The README of these results' contents."""
     parts = [INTRODUCTION]
-    machines = [result for result in results if result["benchmark"] == "bench"]
-    if machines:
+    benches = [result for result in results if result["benchmark"] == "bench"]
+    if benches:
         parts.append("## `mlx-tune bench`\n")
-        parts.append(markdown_table([markdown_row(result) for result in machines]) + "\n")
-        parts.append("\n".join(f"- {_origin(result)}" for result in machines) + "\n")
+        parts.append(markdown_table(MARKDOWN_COLUMNS, map(markdown_row, benches)) + "\n")
+        parts.append("\n".join(f"- {_origin(result)}" for result in benches) + "\n")
     for result in results:
-        if result["benchmark"] == "bench":
-            continue
-        parts.append(f"## {result['benchmark']}\n")
-        parts.append(f"{_origin(result)}\n")
-        parts.append(
-            _cells(result) if result["benchmark"] == "sweep" else harness.table_of(result) + "\n"
-        )
+        if result["benchmark"] != "bench":
+            table = sweep_markdown if result["benchmark"] == "sweep" else harness.table_of
+            parts += [f"## {result['benchmark']}\n", f"{_origin(result)}\n", f"{table(result)}\n"]
     return "\n".join(parts)
 
 
-def _origin(result: Mapping[str, Any]) -> str:
+def _origin(result: Result) -> str:
     """Command, date, machine, versions and settings of a result."""
     machine = result["machine"]
     cores = machine["gpu_cores"] or machine["cpu_cores"]
@@ -80,28 +81,6 @@ def _origin(result: Mapping[str, Any]) -> str:
         told += f" ({', '.join(f'{k} {v}' for k, v in settings.items() if v not in (None, False))})"
     notes = [*result.get("notes", ()), *machine["notes"]]
     return ". ".join([told, *dict.fromkeys(notes)]) + "."
-
-
-def _cells(result: Mapping[str, Any]) -> str:
-    """A sweep's tokens a second, a table for each quantisation."""
-    parts = []
-    for bits in result["quantizations"]:
-        header = [
-            f"{bits} bit" if bits else result["dtype"],
-            *(f"{s} tokens" for s in result["seqs"]),
-        ]
-        rows = [header, ["---"] * len(header)]
-        for size in result["batch_sizes"]:
-            cells = [
-                f"{cell['tokens_per_second']:,.0f}"
-                if cell["tokens_per_second"]
-                else cell["skipped"]
-                for cell in result["cells"]
-                if (cell["quantize"], cell["batch_size"]) == (bits, size)
-            ]
-            rows.append([f"{size} rows", *cells])
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
-    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -14,54 +14,15 @@ import mlx_lm
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _get_classes
 
+from mlx_tuner.bench.model import FAMILIES, tiny_config
 from mlx_tuner.engine import lora
 from mlx_tuner.models.adapter import Adapter, fingerprint
 
 BUILTIN = Path(str(files("mlx_tuner") / "builtin" / "tiny-qwen"))
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
-_DENSE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "vocab_size": 2048,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "eos_token_id": 2039,
-}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "head_dim": 16,
-}
-_LINEAR_ATTENTION = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 2,
-    "partial_rotary_factor": 0.5,
-    "head_dim": 16,
-}
-CONFIGS = {
-    "qwen2": _DENSE,
-    "qwen2_moe": _DENSE | _EXPERTS | {"tie_word_embeddings": False},
-    "qwen3": _DENSE | {"head_dim": 16},
-    "qwen3_moe": _DENSE | _EXPERTS,
-    "qwen3_next": _DENSE | _EXPERTS | _LINEAR_ATTENTION,
-    "qwen3_5": {"text_config": _DENSE | _LINEAR_ATTENTION, "eos_token_id": 2039},
-    "qwen3_5_moe": {"text_config": _DENSE | _EXPERTS | _LINEAR_ATTENTION, "eos_token_id": 2039},
-}
+_CHANGES = {"vocab_size": 2048, "num_hidden_layers": 3, "eos_token_id": 2039}
+CONFIGS = {family: tiny_config(family, **_CHANGES) | {"eos_token_id": 2039} for family in FAMILIES}
 
 
 def write_model(

@@ -105,7 +105,7 @@ def test_a_mixture_of_quantised_and_dense_layers_is_taken(tmp_path):
 def test_a_folder_that_transformers_wrote_is_taken(model_type, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    config = transformers.AutoConfig.for_model(model_type, **CONFIGS[model_type])
+    config = transformers.AutoConfig.for_model(**CONFIGS[model_type])
     folder = tmp_path / "model"
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

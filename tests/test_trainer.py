@@ -303,7 +303,7 @@ def test_the_head_of_a_quantised_model_is_never_dequantised_whole():
 
 
 def test_the_loss_is_the_same_for_any_chunk(monkeypatch):
-    hidden = mx.random.normal((100, 32))
+    hidden = mx.random.normal((100, BASE["hidden_size"]))
     targets, weights = mx.random.randint(0, 64, (100,)), mx.random.uniform(shape=(100,))
     head = head_of(MODEL)
 

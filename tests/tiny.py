@@ -10,61 +10,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_tuner.bench.model import FAMILIES as ALL_FAMILIES
+from mlx_tuner.bench.model import tiny_config
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.models.model import skeleton
 
-VOCABULARY = 64
-
-BASE = {
-    "model_type": "qwen2",
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-}
-_LINEAR_ATTENTION = {
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-    "partial_rotary_factor": 0.5,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": BASE,
-    "qwen2 untied": {**BASE, "tie_word_embeddings": False},
-    "qwen3": {**BASE, "model_type": "qwen3"},
-    "qwen2_moe": {**BASE, **_EXPERTS, "model_type": "qwen2_moe"},
-    "qwen3_moe": {**BASE, **_EXPERTS, "model_type": "qwen3_moe"},
-    "qwen3_next": {**BASE, **_EXPERTS, **_LINEAR_ATTENTION, "model_type": "qwen3_next"},
-    "qwen3_5": {
-        "model_type": "qwen3_5",
-        "text_config": {**BASE, **_LINEAR_ATTENTION, "model_type": "qwen3_5_text"},
-    },
-    "qwen3_5_moe": {
-        "model_type": "qwen3_5_moe",
-        "text_config": {**BASE, **_EXPERTS, **_LINEAR_ATTENTION, "model_type": "qwen3_5_moe_text"},
-    },
+BASE = tiny_config("qwen2")
+VOCABULARY = BASE["vocab_size"]
+FAMILIES = {family: tiny_config(family) for family in ALL_FAMILIES} | {
+    "qwen2 untied": tiny_config("qwen2", tie_word_embeddings=False)
 }
 
 

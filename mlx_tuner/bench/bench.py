@@ -5,88 +5,40 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_tuner import assembly
-from mlx_tuner.bench import synthetic
-from mlx_tuner.bench.measure import Spread, interleave
-from mlx_tuner.bench.speed import (
-    Generation,
-    Limit,
-    Phases,
-    Training,
-    WatchedTrainer,
-    limit_of,
-    measure_generation,
-    peer_of,
-    peer_pass,
-    peer_ratios,
-    phase_pass,
-    phases_of,
-    train_pass,
-    training_of,
-)
-from mlx_tuner.bench.sweep import Sweep
-from mlx_tuner.bench.workload import (
-    JOB,
-    JOB_BATCH_SIZE,
-    JOB_ROWS,
+from mlx_tuner.bench import speed
+from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
+from mlx_tuner.bench.model import twin
+from mlx_tuner.bench.peer import MlxLmTrainer
+from mlx_tuner.bench.work import (
+    BASELINE_MODEL,
+    LEARNING_RATE,
     RANK,
     SCALE,
     TARGET_MODULES,
     Settings,
-    Workload,
+    adapted,
     choose,
-    count_flops,
-    dense_shape,
-    describe,
     gemm_tflops,
+    work_of,
 )
-from mlx_tuner.engine import batching, lora, memory
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.show.progress import Display
 from mlx_tuner.show.report import PEFT_BASELINE
 from mlx_tuner.system import cache, device, files
 from mlx_tuner.system.device import Machine
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULTS = Path("benchmarks") / "results"
 """Of a clone of the repository, from where the README's tables are made."""
 PROJECTED_ROWS, PROJECTED_EPOCHS = (100, 1_000, 20_000), 3
 
-
-@dataclass(frozen=True)
-class Result:
-    """All that was measured. As JSON it is what `--against FILE.json` reads."""
-
-    machine: Machine
-    workload: Workload
-    training: Training
-    phases: Phases
-    limit: Limit
-    baseline: Mapping[str, Any]
-    """The user's samples/s, the factor to them, and whether it was measured on the same work."""
-    projection: Mapping[str, float]
-    """Seconds of training by rows, for three epochs."""
-    generation: Mapping[str, Generation]
-    """Of "base", "adapter" and "fused"."""
-    notes: tuple[str, ...]
-    """What was made smaller, and what slowed the machine down."""
-    command: str
-    against: Mapping[str, Any]
-    """Ratios of ours to "mlx-lm" or to an earlier result, by its file's name."""
-    date: str = field(
-        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
-    )
-    schema_version: int = SCHEMA_VERSION
-    benchmark: str = "bench"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+Result = Mapping[str, Any]
+"""A result file's content, as `bench` and `sweep.measure` make it."""
 
 
 def bench(
@@ -107,95 +59,149 @@ def bench(
         with display.task("measuring matrix products"):
             dense = gemm_tflops()
             gemm = gemm_tflops(settings.quantize) if settings.quantize else dense
-        subject = choose(settings, gemm)
-        for note in subject.notes:
+        work = choose(settings, gemm)
+        for note in work.notes:
             display.note(note)
-        with display.task(f"building {subject.name}"):
-            model = subject.build()
-        base = synthetic.twin(model, subject.config)
-        peer = peer_of(synthetic.twin(model, subject.config)) if settings.peer else None
-        lora.attach(model, rank=RANK, scale=SCALE, target_modules=TARGET_MODULES)
-        tokens = subject.micro_batch_tokens(model)
-        trainer = WatchedTrainer(model, micro_batch_tokens=tokens, compile=assembly.on_gpu())
-        work = describe(subject, trainer, settings)
-
+        with display.task(f"building {work.name}"):
+            base = work.build()
+            model = adapted(twin(base, work.config))
+            trainer = work.trainer(model)
         variants = {
-            "ours": lambda: train_pass(trainer, subject.batches),
-            "phases": lambda: phase_pass(trainer, subject.batches),
+            "ours": partial(speed.train_pass, trainer, work.batches),
+            "forward": partial(speed.forward_pass, trainer, work.batches),
         }
-        if peer:
-            variants["mlx-lm"] = lambda: peer_pass(peer, subject.batches)
-        total = settings.repeats * len(variants) * work.steps
-        with display.task("training", total) as advance:
+        if settings.peer:
+            peer = MlxLmTrainer(
+                twin(base, work.config),
+                rank=RANK,
+                scale=SCALE,
+                target_modules=TARGET_MODULES,
+                learning_rate=LEARNING_RATE,
+            )
+            variants["mlx-lm"] = partial(speed.peer_pass, peer, work.batches)
+        with display.task("training", settings.repeats * len(variants)) as advance:
             runs = interleave(
                 variants,
                 repeats=settings.repeats,
                 warmups=1,
                 seconds=settings.training_seconds,
-                on_result=lambda name, measures: advance(work.steps),
+                on_result=lambda *_: advance(1),
             )
-        training = training_of(runs["ours"], work, machine, gemm=gemm, dense=dense)
-        phases = phases_of(runs["phases"], training.steps_per_second.median)
         with display.task("generating"):
-            generation = measure_generation(
-                base,
-                model,
-                subject.config,
-                decoded=settings.decoded_tokens,
+            model.eval()
+            answering = {
+                "base": base,
+                "adapter": model,
+                "fused": speed.fused(base, model, work.config),
+            }
+            vocabulary = work.config.get("text_config", work.config)["vocab_size"]
+            generated = interleave(
+                {
+                    name: partial(speed.generation_pass, each, vocabulary, settings.decoded_tokens)
+                    for name, each in answering.items()
+                },
                 repeats=settings.repeats,
+                warmups=1,
             )
-    against = {}
-    if peer:
-        against["mlx-lm"] = peer_ratios(runs)
-    if before:
-        against[str(earlier)] = earlier_ratios(training, work, machine, before)
-    notes = [*subject.notes, *machine.notes, *device.facts().notes]
+    notes = [*work.notes, *machine.notes, *device.facts().notes]
     if (done := len(runs["ours"])) < settings.repeats:
         notes.append(f"{done} of {settings.repeats} passes, for time: the machine was busy")
-    return Result(
-        machine=machine,
-        workload=work,
-        training=training,
-        phases=phases,
-        limit=limit_of(work, training, phases, machine),
-        baseline=against_baseline(work, training),
-        projection={
-            str(rows): rows * PROJECTED_EPOCHS / training.samples_per_second.median
-            for rows in PROJECTED_ROWS
-        },
-        generation=generation,
-        notes=tuple(dict.fromkeys(notes)),
-        command=command,
-        against=against,
+    told = work.describe(trainer, settings)
+    found = {
+        "benchmark": "bench",
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": machine.to_json(),
+        "workload": told,
+        **training_figures(runs, told, machine, gemm=gemm, dense=dense),
+        "generation": {name: _plain(spreads(turns)) for name, turns in generated.items()},
+        "against": {"mlx-lm": peer_ratios(runs)} if settings.peer else {},
+        "notes": list(dict.fromkeys(notes)),
+    }
+    if before:
+        found["against"][str(earlier)] = earlier_ratios(found, before)
+    return found
+
+
+def training_figures(
+    runs: Mapping[str, list[Measures]],
+    work: Mapping[str, Any],
+    machine: Machine,
+    *,
+    gemm: float,
+    dense: float,
+) -> dict[str, Any]:
+    """Speed, what a step's time goes to, and what the speed means: for the baseline, for more rows.
+
+    Args:
+        gemm: measured speed of large products with weights as the model's are, in TFLOP/s.
+        dense: the same with weights that are not quantised.
+    """
+    training, forward = spreads(runs["ours"]), spreads(runs["forward"])
+    samples, step = training["samples_per_second"].median, 1 / training["steps_per_second"].median
+    flops_per_step = work["flops"] / work["steps"] if work["flops"] else None
+    tflops = flops_per_step / step / 1e12 if flops_per_step else None
+    peak = machine.peak_tflops or dense
+    python = training.pop("python_seconds").median
+    phases = {name.removesuffix("_seconds"): spread.median for name, spread in forward.items()}
+    parts = {
+        "products": (tflops or 0.0) / gemm,
+        "weights": None,
+        "python": python / step,
+    }
+    if machine.bandwidth_gb_per_second:
+        read = work["weight_bytes"] * work["passes_over_weights"] / work["steps"]
+        parts["weights"] = read / (machine.bandwidth_gb_per_second * 1e9) / step
+    parts["other"] = max(
+        0.0, 1 - max(parts["products"] or 0, parts["weights"] or 0) - python / step
     )
-
-
-def against_baseline(work: Workload, training: Training) -> dict[str, Any]:
-    """The factor to the user's baseline; of other work, by the FLOPs that his would take."""
-    samples: float | None = training.samples_per_second.median
-    basis = "measured"
-    if not work.is_the_job:
-        basis = "scaled by FLOPs"
-        shape = dense_shape(synthetic.config_of(JOB))
-        assert shape is not None
-        rows = synthetic.rows(JOB_ROWS, shape.vocabulary)
-        starts = range(0, len(rows), JOB_BATCH_SIZE)
-        steps = [
-            batching.make_micro_batches(rows[i : i + JOB_BATCH_SIZE], memory.LARGEST)
-            for i in starts
-        ]
-        a_row = sum(count_flops(shape, step) for step in steps) / len(rows)
-        samples = training.tflops * 1e12 / a_row if training.tflops else None
+    here = tflops * 1e12 / baseline_flops() if tflops else None
     return {
-        "samples_per_second": PEFT_BASELINE.samples_per_second,
-        "of": f"{PEFT_BASELINE.machine}, {PEFT_BASELINE.recipe}",
-        "here": samples,
-        "factor": samples / PEFT_BASELINE.samples_per_second if samples else None,
-        "basis": basis,
+        "training": {
+            **_plain(training),
+            "peak_memory_gb": training["peak_memory_gb"].high,
+            "gemm_tflops": gemm,
+            "flops_per_step": flops_per_step,
+            "tflops": tflops,
+            "peak_tflops": peak,
+            # "table": the chip's FP32 shaders; "measured": large products, not quantised
+            "peak_source": "table" if machine.peak_tflops else "measured",
+            "percent_of_peak": 100 * tflops / peak if tflops else None,
+        },
+        # Seconds; rows are laid out and Python builds graphs while the device computes.
+        "phases": {**phases, "backward": step - phases["forward"], "python": python, "step": step},
+        # Parts of a step's time, were each all that it waits for.
+        "limit": {**parts, "verdict": max(parts, key=lambda name: parts[name] or 0.0)},
+        "baseline": {
+            "samples_per_second": PEFT_BASELINE.samples_per_second,
+            "of": f"{PEFT_BASELINE.machine}, {PEFT_BASELINE.recipe}",
+            "here": here,
+            "factor": here / PEFT_BASELINE.samples_per_second if here else None,
+        },
+        "projection": {str(n): n * PROJECTED_EPOCHS / samples for n in PROJECTED_ROWS},
     }
 
 
-def load_result(path: Path) -> dict[str, Any]:
+def baseline_flops() -> float:
+    """FLOP that a row of the baseline's run takes."""
+    settings = Settings()
+    steps = -(-settings.rows // settings.batch_size)
+    count = work_of(BASELINE_MODEL, settings, steps=steps).flops()
+    assert count is not None
+    return count / settings.rows
+
+
+def peer_ratios(runs: Mapping[str, list[Measures]]) -> dict[str, Any]:
+    """mlx-lm's own figures, and ours over them, pass by pass."""
+    keys = ("samples_per_second", "tokens_per_second", "peak_memory_gb")
+    return {
+        "figures": _plain(spreads(runs["mlx-lm"])),
+        "ratios": _plain({key: ratio(runs["ours"], runs["mlx-lm"], key) for key in keys}),
+    }
+
+
+def load_result(path: Path) -> Result:
     """A result that this command has written.
 
     Raises:
@@ -212,33 +218,31 @@ def load_result(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def earlier_ratios(
-    training: Training, work: Workload, machine: Machine, before: Mapping[str, Any]
-) -> dict[str, Any]:
+def earlier_ratios(found: Result, before: Result) -> dict[str, Any]:
     """Ours over an earlier result's, and in what the two are not the same work or machine."""
-    figures = before["training"]
     ratios = {}
     for key in ("samples_per_second", "tokens_per_second"):
-        ours, theirs = getattr(training, key), figures[key]
-        ratios[key] = Spread(
-            ours.median / theirs["median"],
-            ours.low / theirs["high"],
-            ours.high / theirs["low"],
-            min(ours.repeats, theirs["repeats"]),
-        )
-    peak = training.peak_memory_gb / figures["peak_memory_gb"]
-    ratios["peak_memory_gb"] = Spread(peak, peak, peak, 1)
+        ours, theirs = (Spread(**result["training"][key]) for result in (found, before))
+        ratios[key] = ours / theirs
+    peak = found["training"]["peak_memory_gb"] / before["training"]["peak_memory_gb"]
+    ratios["peak_memory_gb"] = Spread.of([peak])
     same = ("model", "dtype", "quantize", "batch_size", "seq", "rows", "tokens")
-    now = {**{key: getattr(work, key) for key in same}, "chip": machine.chip}
-    then = {**{key: before["workload"][key] for key in same}, "chip": before["machine"]["chip"]}
+    now, then = (
+        {**{key: result["workload"][key] for key in same}, "chip": result["machine"]["chip"]}
+        for result in (found, before)
+    )
     return {
         "date": before["date"],
-        "ratios": ratios,
+        "ratios": _plain(ratios),
         "differs": [f"{k}: {now[k]} here, {then[k]} there" for k in now if now[k] != then[k]],
     }
 
 
-def save(result: Result | Sweep, name: str | None) -> Path:
+def _plain(spreads: Mapping[str, Spread]) -> dict[str, dict[str, float]]:
+    return {key: spread.to_json() for key, spread in spreads.items()}
+
+
+def save(found: Result, name: str | None) -> Path:
     """Write a result to ``benchmarks/results/NAME.json``, a sweep's heat map beside it.
 
     Where there is no such folder, to the user's cache folder: a bench leaves nothing where it
@@ -247,34 +251,14 @@ def save(result: Result | Sweep, name: str | None) -> Path:
     Args:
         name: None for one made of the machine's chip and the model.
     """
-    if isinstance(result, Sweep):
-        default = f"sweep-{result.machine.chip}-{result.model}"
-    else:
-        work = result.workload
-        quantised = f"-{work.quantize}bit" if work.quantize else ""
-        default = f"bench-{result.machine.chip}-{work.model}{quantised}"
+    work = found["workload"]
+    bits = f"-{work['quantize']}bit" if work["quantize"] else ""
+    default = f"{found['benchmark']}-{found['machine']['chip']}-{work['model']}{bits}"
     folder = RESULTS if RESULTS.is_dir() else cache.user_folder() / "bench"
-    path = folder / f"{name or _slug(default)}.json"
-    files.write_json(path, result.to_json())
-    if isinstance(result, Sweep):
-        from mlx_tuner.show.plots import heat_maps
+    path = folder / f"{name or re.sub('[^a-z0-9.]+', '-', default.lower()).strip('-.')}.json"
+    files.write_json(path, found)
+    if found["benchmark"] == "sweep":
+        from mlx_tuner.bench.sweep import draw
 
-        heat_maps(
-            path.with_suffix(".png"),
-            {
-                f"{f'{bits} bit' if bits else result.dtype}: tokens a second": [
-                    [result.cell(bits, rows, seq).tokens_per_second for seq in result.seqs]
-                    for rows in result.batch_sizes
-                ]
-                for bits in result.quantizations
-            },
-            rows=[str(size) for size in result.batch_sizes],
-            columns=[str(seq) for seq in result.seqs],
-            ylabel="rows a step",
-            xlabel="tokens a row",
-        )
+        draw(path.with_suffix(".png"), found)
     return path
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 Measures = Mapping[str, float]
 """Figures of one run by name, each with its unit in the name, such as `seconds`."""
@@ -28,12 +28,13 @@ class Spread:
 
     def to_json(self) -> dict[str, float]:
         """`{"median", "low", "high", "repeats"}`."""
-        return {
-            "median": self.median,
-            "low": self.low,
-            "high": self.high,
-            "repeats": self.repeats,
-        }
+        return asdict(self)
+
+    def __truediv__(self, other: Spread) -> Spread:
+        """The ratio of two that were not measured in turns: as wide as it can be."""
+        repeats = min(self.repeats, other.repeats)
+        bounds = self.low / other.high, self.high / other.low
+        return Spread(self.median / other.median, *bounds, repeats)
 
     def __str__(self) -> str:
         return f"{self.median:.4g} ({self.low:.4g} … {self.high:.4g})"

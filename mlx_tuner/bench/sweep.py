@@ -2,155 +2,88 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tuner import assembly
-from mlx_tuner.bench import synthetic
-from mlx_tuner.bench.workload import (
-    LEARNING_RATE,
-    RANK,
-    SCALE,
-    TARGET_MODULES,
-    Settings,
-    Subject,
-    choose,
-    find,
-    gemm_tflops,
-    subject_of,
-)
-from mlx_tuner.engine import lora
-from mlx_tuner.engine.trainer import Trainer, train
-from mlx_tuner.models import model as models
+from mlx_tuner.bench import model as random
+from mlx_tuner.bench.speed import train_pass
+from mlx_tuner.bench.work import Settings, Work, adapted, choose, gemm_tflops, work_of
+from mlx_tuner.models.model import dtype_of
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
-from mlx_tuner.system.device import Machine
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CELL_SECONDS, QUICK_CELL_SECONDS = 20.0, 5.0
 """A setting whose step is expected to take longer is left out."""
 
 _NOT_QUANTISED = "quantised weights left out: on the CPU backend they are a hundred times slower"
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting."""
-
-    quantize: int | None
-    batch_size: int
-    seq: int
-    tokens_per_second: float | None = None
-    samples_per_second: float | None = None
-    peak_memory_gb: float | None = None
-    micro_batch_tokens: int | None = None
-    skipped: str = ""
-    """Why it was not measured."""
+Cell = dict[str, Any]
+"""A setting and its figures; ``skipped`` says why it has none."""
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """All settings of a model on this machine. As JSON it is a result file."""
-
-    machine: Machine
-    model: str
-    dtype: str
-    quantizations: tuple[int | None, ...]
-    batch_sizes: tuple[int, ...]
-    seqs: tuple[int, ...]
-    cells: tuple[Cell, ...]
-    notes: tuple[str, ...]
-    command: str
-    date: str = field(
-        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
-    )
-    schema_version: int = SCHEMA_VERSION
-    benchmark: str = "sweep"
-
-    def cell(self, quantize: int | None, batch_size: int, seq: int) -> Cell:
-        """The cell of a setting."""
-        wanted = (quantize, batch_size, seq)
-        return next(c for c in self.cells if (c.quantize, c.batch_size, c.seq) == wanted)
-
-    @property
-    def fastest(self) -> Cell | None:
-        """The cell of the most tokens a second."""
-        measured = [cell for cell in self.cells if cell.tokens_per_second]
-        return max(measured, key=lambda cell: cell.tokens_per_second or 0.0, default=None)
-
-    def recipe_lines(self) -> str:
-        """The fastest setting as lines of a recipe; empty where nothing was measured."""
-        best = self.fastest
-        if best is None:
-            return ""
-        # A shape is no model that a recipe could name.
-        name = synthetic.hub_name(self.model) if self.model in synthetic.SHAPES else self.model
-        quantised = f"  # mlx-tune convert {name} --quantize {best.quantize} -o …"
-        return "\n".join(
-            (
-                "[model]",
-                f'path = "{name}"' if best.quantize is None else f'path = "…"{quantised}',
-                "[data]",
-                f"max_seq_length = {best.seq}  # the rows' length here: longer ones are cut to it",
-                "[train]",
-                f"batch_size = {best.batch_size}",
-                f"micro_batch_tokens = {best.micro_batch_tokens}",
-            )
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, with the fastest cell beside them."""
-        best = self.fastest
-        return {**asdict(self), "fastest": asdict(best) if best else None}
-
-
-def measure(settings: Settings, display: Display, *, command: str) -> Sweep:
+def measure(settings: Settings, display: Display, *, command: str) -> dict[str, Any]:
     """Measure every setting of the grid that fits into memory and a little time.
 
     `settings` says the model, its quantisation (all where None), and whether to be quick.
+
+    Returns:
+        A result file's content.
     """
     with device.limits():
         name = choose(replace(settings, quick=True), gemm_tflops(settings.quantize)).name
-        quantizations, left_out = _quantizations(name, settings)
+        quantizations, notes = _quantizations(name, settings)
         batch_sizes, seqs = _grid(settings.quick)
         cells: list[Cell] = []
         total = len(quantizations) * len(batch_sizes) * len(seqs)
         with display.task(f"sweeping {name}", total) as advance:
             for quantize in quantizations:
-                quantised = replace(settings, quantize=quantize)
+                form = replace(settings, quantize=quantize)
                 gemm = gemm_tflops(quantize)
-                model = _build(subject_of(name, quantised, steps=1))
+                model = adapted(work_of(name, form, steps=1).build())
+                mx.eval(model.parameters())
                 for seq in seqs:
                     for batch_size in batch_sizes:
-                        setting = replace(quantised, batch_size=batch_size, seq=seq)
-                        subject = subject_of(name, setting, steps=1)
-                        cells.append(_measure_cell(model, subject, setting, gemm))
+                        setting = replace(form, batch_size=batch_size, seq=seq)
+                        cells.append(_cell(model, work_of(name, setting, steps=1), setting, gemm))
                         advance(1)
-        dtype = models.dtype_of(model)
     machine = device.facts()
-    return Sweep(
-        machine=machine,
-        model=name,
-        dtype=str(dtype).removeprefix("mlx.core."),
-        quantizations=quantizations,
-        batch_sizes=batch_sizes,
-        seqs=seqs,
-        cells=tuple(cells),
-        notes=(*machine.notes, *left_out),
-        command=command,
-    )
+    return {
+        "benchmark": "sweep",
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": machine.to_json(),
+        "workload": {
+            "model": name,
+            "dtype": str(dtype_of(model)).removeprefix("mlx.core."),
+            "quantize": settings.quantize,
+        },
+        "quantizations": list(quantizations),
+        "batch_sizes": list(batch_sizes),
+        "seqs": list(seqs),
+        "cells": cells,
+        "fastest": max(
+            (cell for cell in cells if not cell["skipped"]),
+            key=lambda cell: cell["tokens_per_second"],
+            default=None,
+        ),
+        "notes": [*machine.notes, *notes],
+    }
 
 
 def _quantizations(name: str, settings: Settings) -> tuple[tuple[int | None, ...], tuple[str, ...]]:
     """What to try, and a note on what the backend is too slow for."""
     if settings.quantize:
         return (settings.quantize,), ()
-    if "quantization" in find(name)[0]:
+    if "quantization" in random.find(name)[0]:
         return (None,), ()
     if not assembly.on_gpu():
         return (None,), (_NOT_QUANTISED,)
@@ -164,42 +97,70 @@ def _grid(quick: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (1, 4, 8), (64, 128, 256)
 
 
-def _build(subject: Subject) -> nn.Module:
-    model = subject.build()
-    lora.attach(model, rank=RANK, scale=SCALE, target_modules=TARGET_MODULES)
-    mx.eval(model.parameters())
-    return model
-
-
-def _measure_cell(model: nn.Module, subject: Subject, setting: Settings, gemm: float) -> Cell:
+def _cell(model: nn.Module, work: Work, setting: Settings, gemm: float) -> Cell:
     """The faster of two steps, after one to warm up."""
-    (batch,) = subject.batches
-    assert setting.seq is not None
-    cell = Cell(setting.quantize, setting.batch_size, setting.seq)
-    if not subject.fits():
-        return replace(cell, skipped="too large")
-    limit = QUICK_CELL_SECONDS if setting.quick else CELL_SECONDS
-    if subject.step_seconds(gemm) > limit:
-        return replace(cell, skipped="too slow")
-    tokens = subject.micro_batch_tokens(model)
-    trainer = Trainer(model, micro_batch_tokens=tokens, compile=assembly.on_gpu())
+    cell = {key: getattr(setting, key) for key in ("quantize", "batch_size", "seq")}
+    if not work.fits():
+        return {**cell, "skipped": "too large"}
+    if work.step_seconds(gemm) > (QUICK_CELL_SECONDS if setting.quick else CELL_SECONDS):
+        return {**cell, "skipped": "too slow"}
+    trainer = work.trainer(model)
     try:
-        list(train(trainer, [batch], [LEARNING_RATE]))
-        mx.reset_peak_memory()
-        seconds = min(_seconds(trainer, batch) for _ in range(2))
+        turns = [train_pass(trainer, work.batches) for _ in range(3)][1:]
     except RuntimeError:  # what MLX raises for an allocation that the system refuses
         mx.clear_cache()
-        return replace(cell, skipped="out of memory")
-    return replace(
-        cell,
-        tokens_per_second=sum(len(row.tokens) for row in batch) / seconds,
-        samples_per_second=len(batch) / seconds,
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
-        micro_batch_tokens=tokens,
+        return {**cell, "skipped": "out of memory"}
+    best = max(turns, key=lambda measures: measures["tokens_per_second"])
+    figures = {k: best[k] for k in ("tokens_per_second", "samples_per_second", "peak_memory_gb")}
+    return {
+        **cell,
+        **figures,
+        "micro_batch_tokens": trainer.micro_batch_tokens,
+        "skipped": "",
+    }
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[list[Cell]]]]:
+    """For each quantisation its name, and the cells by rows a step and by tokens a row."""
+    for bits in found["quantizations"]:
+        cells = [cell for cell in found["cells"] if cell["quantize"] == bits]
+        by_size = [[c for c in cells if c["batch_size"] == size] for size in found["batch_sizes"]]
+        yield f"{bits} bit" if bits else found["workload"]["dtype"], by_size
+
+
+def recipe_lines(found: Mapping[str, Any]) -> str:
+    """The fastest setting as lines of a recipe; empty where nothing was measured."""
+    best, name = found["fastest"], found["workload"]["model"]
+    if best is None:
+        return ""
+    # A shape is no model that a recipe could name.
+    name = random.hub_name(name) if name in random.SHAPES else name
+    quantised = f"  # mlx-tune convert {name} --quantize {best['quantize']} -o …"
+    return "\n".join(
+        (
+            "[model]",
+            f'path = "{name}"' if best["quantize"] is None else f'path = "…"{quantised}',
+            "[data]",
+            f"max_seq_length = {best['seq']}  # the rows' length here: longer ones are cut to it",
+            "[train]",
+            f"batch_size = {best['batch_size']}",
+            f"micro_batch_tokens = {best['micro_batch_tokens']}",
+        )
     )
 
 
-def _seconds(trainer: Trainer, batch: list[Any]) -> float:
-    start = time.perf_counter()
-    list(train(trainer, [batch], [LEARNING_RATE]))
-    return time.perf_counter() - start
+def draw(path: Path, found: Mapping[str, Any]) -> None:
+    """Tokens a second as heat maps, a PNG."""
+    from mlx_tuner.show.plots import heat_maps
+
+    heat_maps(
+        path,
+        {
+            f"{form}: tokens a second": [[c.get("tokens_per_second") for c in row] for row in rows]
+            for form, rows in tables(found)
+        },
+        rows=[str(size) for size in found["batch_sizes"]],
+        columns=[str(seq) for seq in found["seqs"]],
+        ylabel="rows a step",
+        xlabel="tokens a row",
+    )

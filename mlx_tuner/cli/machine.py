@@ -64,9 +64,9 @@ def bench(
     ~/.cache/mlx-tune/bench.
     """
     from mlx_tuner.bench import report as bench_report
-    from mlx_tuner.bench.bench import Result, bench, save
-    from mlx_tuner.bench.sweep import Sweep, measure
-    from mlx_tuner.bench.workload import Settings
+    from mlx_tuner.bench.bench import bench, save
+    from mlx_tuner.bench.sweep import measure
+    from mlx_tuner.bench.work import Settings
     from mlx_tuner.show.progress import Display
 
     if sweep and (against or markdown):
@@ -84,14 +84,15 @@ def bench(
     command = shlex.join(["mlx-tune", *sys.argv[1:]])
     earlier = Path(against) if against and against != PEER else None
     with Display() as display:
-        if sweep:
-            found: Result | Sweep = measure(settings, display, command=command)
-        else:
-            found = bench(settings, display, command=command, earlier=earlier)
+        found = (
+            measure(settings, display, command=command)
+            if sweep
+            else bench(settings, display, command=command, earlier=earlier)
+        )
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        click.echo(json.dumps(found, indent=2))
     elif markdown:
-        click.echo(bench_report.markdown_row(found.to_json()))
+        click.echo(bench_report.markdown_row(found))
     else:
         console(sys.stdout).print(bench_report.report(found))
     click.echo(f"written to {save(found, name)}", err=True)  # last: a full disk costs no figures

@@ -1,8 +1,9 @@
-"""Models and rows of real shapes made of random numbers: what a benchmark needs, no download."""
+"""Models and rows made of random numbers, in real shapes and in tiny ones: no download."""
 
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +35,62 @@ _QWEN3 = {
     "32b": (5120, 25600, 64, 64, 8, 151936),
 }
 _UNTIED = frozenset({"7b", "8b", "14b", "32b", "72b"})
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+_LINEAR_ATTENTION = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.5,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen2_moe": {**_EXPERTS, "tie_word_embeddings": False},
+    "qwen3": {},
+    "qwen3_moe": _EXPERTS,
+    "qwen3_next": {**_EXPERTS, **_LINEAR_ATTENTION},
+    "qwen3_5": _LINEAR_ATTENTION,
+    "qwen3_5_moe": {**_EXPERTS, **_LINEAR_ATTENTION},
+}
+"""Every family that we take, and what its tiny config has beside `TINY`."""
+
+
+def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
+    """The ``config.json`` of a model of a few thousand parameters, of every family that we take.
+
+    Args:
+        changes: other sizes than `TINY`'s.
+    """
+    config = {**TINY, **FAMILIES[family], **changes}
+    if not family.startswith("qwen3_5"):
+        return {"model_type": family, **config}
+    return {"model_type": family, "text_config": {"model_type": f"{family}_text", **config}}
+
 
 SHAPES = (
     *(f"qwen2.5-{size}" for size in _QWEN2_5),
@@ -72,6 +129,14 @@ def config_of(shape: str) -> dict[str, Any]:
         "max_position_embeddings": 32768,
     }
     return config | ({"head_dim": 128} if family == "qwen3" else {})
+
+
+def find(name: str) -> tuple[dict[str, Any], Path | None]:
+    """Config and folder of a folder or Hub name; the config alone of a shape."""
+    if name.startswith(models.BUILTIN) or "/" in name or Path(name).is_dir():
+        folder = models.resolve(name)
+        return models.read_config(folder), folder
+    return config_of(name), None
 
 
 def hub_name(shape: str) -> str:
