@@ -17,6 +17,7 @@ from mlx_tuner.engine import lora, memory
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
+from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import dtype_of
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import DataTable, Recipe
@@ -133,7 +134,7 @@ def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -
             seed=recipe.train.seed,
         )
         return
-    start = adapter.read_adapter(kept or Path(table.init_from))
+    start = read_adapter(kept or Path(table.init_from))
     if (start.rank, start.scale) != (table.rank, table.scale):
         what = (
             f"is of rank {start.rank} and scale {start.scale:g}, the recipe of rank {table.rank} "

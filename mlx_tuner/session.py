@@ -21,6 +21,8 @@ from mlx_tuner.errors import Fault, RunError, RunStopped
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter import Adapter
+from mlx_tuner.models.adapter_config import ALL_LAYERS
+from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.checkpoints import Checkpoint
@@ -295,7 +297,7 @@ class Session:
             rank=lora.rank,
             scale=lora.scale,
             dropout=lora.dropout,
-            num_layers=adapter.ALL_LAYERS if layers is None else layers,
+            num_layers=ALL_LAYERS if layers is None else layers,
             base=self.recipe.model.path,
             revision=self.recipe.model.revision,
             fingerprint=self.identity.base,
@@ -330,7 +332,7 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
     """Put adapter and optimizer back as a checkpoint has them."""
-    kept = adapter.read_adapter(checkpoint.path)
+    kept = read_adapter(checkpoint.path)
     moments = mx.load(str(checkpoint.path / OPTIMIZER))
     trainer.state = State(trainer.shapes.flatten(kept.tensors), **moments)
     mx.eval(trainer.state)

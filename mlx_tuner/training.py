@@ -9,8 +9,8 @@ from pathlib import Path
 from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine.trainer import Trainer
-from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
+from mlx_tuner.models.base import fingerprint
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import Summary
@@ -99,7 +99,7 @@ def identity(recipe: Recipe, data: assembly.Data, folder: Path) -> Identity:
     # The first step tells whether the rows still come in the order that they came in.
     first = next(iter(assembly.row_order(recipe, len(data.train), 0, 1)))
     rows["order"] = hashlib.sha256(str(list(first)).encode()).hexdigest()
-    return Identity(recipe.plain_tables(), rows, adapter.fingerprint(folder))
+    return Identity(recipe.plain_tables(), rows, fingerprint(folder))
 
 
 def _digest(rows: Dataset) -> str:

@@ -16,7 +16,8 @@ from mlx_lm.utils import _get_classes
 
 from mlx_tuner.bench.model import FAMILIES, tiny_config
 from mlx_tuner.engine import lora
-from mlx_tuner.models.adapter import Adapter, fingerprint
+from mlx_tuner.models.adapter import Adapter
+from mlx_tuner.models.base import fingerprint
 
 BUILTIN = Path(str(files("mlx_tuner") / "builtin" / "tiny-qwen"))
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -227,7 +227,7 @@ def test_a_result_that_cannot_be_compared_is_refused(source, tmp_path, monkeypat
 
 def test_comparing_a_model_with_another_one_shows(source, tmp_path):
     other = write_model(tmp_path / "other", seed=1)
-    assert compare_logits(source, other).relative_error > 1.2
+    assert compare_logits(source, other, [5, 300, 17, 999]).relative_error > 1.2
 
 
 # ---- what is refused ---------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from mlx_tuner.commands.evaluate import (
 )
 from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.errors import DataError, UsageError
-from mlx_tuner.models.adapter import read_adapter, write_adapter
+from mlx_tuner.models.adapter import write_adapter
+from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.show.progress import Display
 

@@ -22,7 +22,8 @@ from mlx_tuner.cli import main
 from mlx_tuner.conversion.convert import convert
 from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
+from mlx_tuner.models.adapter import apply, write_adapter
+from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.recipe.tables import load_recipe
@@ -31,6 +32,7 @@ from mlx_tuner.system.files import verify
 
 IDS = [[5, 300, 17, 999, 2, 1024]]
 TOKENS = mx.array(IDS)
+PLOT = b"\x89PNG\r\n\x1a\na plot"
 QUANTISABLE = {"hidden_size": 64, "intermediate_size": 64}
 
 
@@ -249,7 +251,7 @@ def run(base, tmp_path):
         f'[model]\npath = "{base}"\n[data]\ntrain = "{tmp_path}/rows.jsonl"\nvalid = 0.25\n'
         "[lora]\nrank = 4\nalpha = 8\n[train]\nepochs = 1\nlearning_rate = 1e-3\n"
     )
-    (folder / "loss.png").write_bytes(b"a plot")
+    (folder / "loss.png").write_bytes(PLOT)
     (folder / "summary.json").write_text(json.dumps(SUMMARY.to_json()))
     return folder
 
@@ -295,7 +297,7 @@ def test_the_card_has_recipe_losses_and_plot_and_no_private_path(run, tmp_path, 
     ):  # fmt: skip
         assert said in card
     assert str(tmp_path) not in card
-    assert (tmp_path / "fused" / "loss.png").read_bytes() == b"a plot"
+    assert (tmp_path / "fused" / "loss.png").read_bytes() == PLOT
     # A second fusion gives the same bytes.
     fuse(run, tmp_path / "again", display)
     same = [(tmp_path / name / "MANIFEST.json").read_bytes() for name in ("fused", "again")]

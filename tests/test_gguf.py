@@ -14,7 +14,8 @@ from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import merge
 from mlx_tuner.conversion.gguf import export_gguf
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.models.adapter import apply, read_adapter, write_adapter
+from mlx_tuner.models.adapter import apply, write_adapter
+from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.show.progress import Display
 

@@ -12,7 +12,9 @@ from mlx_lm import utils as mlx_lm_utils
 from model_folders import BUILTIN, CONFIGS, write_model
 
 from mlx_tuner.errors import ModelError
-from mlx_tuner.models.model_files import INDEX, check_model_folder
+from mlx_tuner.models.folder import INDEX
+from mlx_tuner.models.model import load
+from mlx_tuner.models.model_files import check_model_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -358,16 +360,29 @@ def test_a_model_without_tokenizer_is_refused(folder):
 
 def test_a_broken_tokenizer_is_named_with_its_line(folder):
     (folder / "tokenizer.json").write_text("{\n\n!")
-    assert "tokenizer.json:3: not valid JSON" in one(folder)
+    with pytest.raises(ModelError, match=r"tokenizer.json:3: not valid JSON"):
+        load(folder)
 
 
-def test_token_ids_past_the_embedding_are_refused(folder):
+@pytest.mark.parametrize("where", ["vocabulary", "added", "decoder"])
+def test_token_ids_past_the_embedding_are_refused(folder, where):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({"id": 2048, "content": "<|one too many|>"})
+    if where == "vocabulary":
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.get)] = 2048
+    elif where == "added":
+        tokenizer["added_tokens"].append({"id": 2048, "content": "<|x|>", "special": True} | FLAGS)
+    else:
+        edit(folder / "tokenizer_config.json", additional_special_tokens=["<|x|>"])
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert one(folder) == (
-        "HERE/tokenizer.json: added_tokens: token id 2048, but the embedding has 2048 rows"
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder}: tokenizer: token id 2048, but the embedding has 2048 rows"
     )
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 def test_a_model_that_cannot_stop_is_refused(folder):

@@ -140,7 +140,7 @@ def export(
     if push:
         hub.check_token(push)
     if form == "peft":
-        from mlx_tuner.models.peft_format import export_peft
+        from mlx_tuner.models.adapter_folder import export_peft
 
         adapter = export_peft(run_or_adapter, output)
         click.echo(f"{output}: PEFT adapter of rank {adapter.rank} for {adapter.base}")
@@ -169,7 +169,7 @@ def export(
 @output_option
 def import_(adapter: Path, output: Path) -> None:
     """ADAPTER, a PEFT folder, as one that mlx-lm and mlx-tune read."""
-    from mlx_tuner.models.adapter import import_adapter
+    from mlx_tuner.models.adapter_folder import import_adapter
 
     made = import_adapter(adapter, output)
     click.echo(

@@ -31,6 +31,8 @@ from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, TunerError, UsageError
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
+from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.show.progress import Display
@@ -135,11 +137,11 @@ def evaluate(
         DataError: the rows are wrong.
         ModelError: adapter or base cannot be used, or do not belong together.
     """
-    trained = adapter.read_adapter(source)
+    trained = read_adapter(source)
     is_run = (source / RECIPE).exists()
     recipe = _recipe_of_run(source, data) if is_run else _default_recipe(source, data)
-    folder = adapter.resolve_base(trained, model)
-    adapter.check_base(trained, folder)
+    folder = resolve_base(trained, model)
+    check_base(trained, folder)
     with display.task("reading the rows"):
         tokenizer = models.load_tokenizer(folder)
         rows, training_rows = _open(recipe, data, tokenizer, is_run)

@@ -10,8 +10,10 @@ import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_tuner.errors import Fault, ModelError, UsageError, first_line
-from mlx_tuner.models import adapter
+from mlx_tuner.models import adapter, adapter_config
 from mlx_tuner.models import model as models
+from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.models.model import Loaded
 
 Message = dict[str, Any]
@@ -28,13 +30,13 @@ def load(name: str, *, base: bool = False, model: str | None = None) -> Loaded:
         UsageError: a base is given for what is no adapter.
         ModelError: there is no such model, or the adapter was trained on another one.
     """
-    if not (Path(name) / adapter.CONFIG).is_file():
+    if not (Path(name) / adapter_config.CONFIG).is_file():
         if model is not None:
             raise UsageError(Fault(name, "", "is no run or adapter, so --model has no meaning"))
         return models.load(models.resolve(name))
-    trained = adapter.read_adapter(Path(name))
-    folder = adapter.resolve_base(trained, model)
-    adapter.check_base(trained, folder)
+    trained = read_adapter(Path(name))
+    folder = resolve_base(trained, model)
+    check_base(trained, folder)
     loaded = models.load(folder)
     if not base:
         adapter.apply(loaded.model, trained)

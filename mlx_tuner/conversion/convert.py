@@ -133,6 +133,7 @@ def convert(
     if output.resolve().is_relative_to(source.folder.resolve()):
         what = f"lies in the model's own folder {source.folder}; choose another"
         raise UsageError(Fault(str(output), "", what))
+    tokenizer = load_tokenizer(source.folder)
     work = _Work(source, dtype, bits, group_size)
     require_space(output, work.bytes)
     with files.staging(output) as folder:
@@ -143,7 +144,7 @@ def convert(
         check = None
         if verify:
             with display.task("comparing the result with the source"):
-                check = compare_logits(source.folder, folder)
+                check = compare_logits(source.folder, folder, tokenizer.encode(PROMPT))
             if not check.relative_error <= work.tolerance:
                 what = (
                     f"the logits are {check.relative_error:.2g} standard deviations off, where "
@@ -309,9 +310,8 @@ def _card(made: Conversion) -> str:
 # ---- comparison --------------------------------------------------------------------------------
 
 
-def compare_logits(source: Path, result: Path) -> Check:
+def compare_logits(source: Path, result: Path, tokens: list[int]) -> Check:
     """Compare two checked folders of a model; each passes through memory a layer at a time."""
-    tokens = load_tokenizer(result).encode(PROMPT)
     expected, found = _logits(source, tokens), _logits(result, tokens)
     error = np.abs(found - expected)
     spread = float(np.sqrt(expected.var(axis=-1).mean()))

@@ -25,14 +25,9 @@ from mlx_tuner.conversion.convert import (
 from mlx_tuner.conversion.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
-from mlx_tuner.models.adapter import (
-    Adapter,
-    apply,
-    check_base,
-    named_as_in,
-    read_adapter,
-    resolve_base,
-)
+from mlx_tuner.models.adapter import Adapter, apply, named_as_in
+from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.models.folder import CODE_KEYS, CONFIG, GENERATION, read_optional
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
@@ -47,6 +42,7 @@ if TYPE_CHECKING:
     from mlx_tuner.show.progress import Display
 
 TURN_END = "<|im_end|>"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -272,8 +268,9 @@ def _write_card(folder: Path, made: Fused) -> None:
     lines += [f"{base}, fine-tuned with LoRA and fused by mlx-tune {__version__}.", ""]
     if summary is not None:
         lines += ["## Training", "", *_table(_training(summary)), ""]
-    if (plot := made.source / LOSS_PLOT).is_file():
-        files.write_bytes(folder / LOSS_PLOT, plot.read_bytes())
+    plot = made.source / LOSS_PLOT
+    if plot.is_file() and (image := plot.read_bytes()).startswith(_PNG):
+        files.write_bytes(folder / LOSS_PLOT, image)
         lines += [f"![Training and validation loss]({LOSS_PLOT})", ""]
     if recipe is not None:
         lines += ["## Recipe", "", "```toml", _without_places(recipe), "```", ""]

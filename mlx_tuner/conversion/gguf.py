@@ -24,7 +24,8 @@ from mlx_tuner.conversion.fidelity import Check, compare, require_kept
 from mlx_tuner.conversion.fuse import TURN_END, merge, open_base, recipe_of, rows_to_compare
 from mlx_tuner.data.encode import unwrap
 from mlx_tuner.errors import Fault, ModelError, UsageError
-from mlx_tuner.models.adapter import Adapter, read_adapter
+from mlx_tuner.models.adapter import Adapter
+from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles
 from mlx_tuner.models.weights import is_finite

@@ -1,15 +1,8 @@
-"""Adapter folders, in and out, and an adapter onto a model.
-
-Written is mlx-lm's format (`adapters.safetensors` and `adapter_config.json`), which is a run's as
-well; `peft_format` knows PEFT's.
-"""
+"""An adapter: its factors, in mlx-lm's files (a run's as well) and on a model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +14,11 @@ from mlx.utils import tree_unflatten
 
 from mlx_tuner.engine.lora import LoRALinear, dimensions
 from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models.adapter_config import ALL_LAYERS, CONFIG, MlxConfig, read_config
 from mlx_tuner.models.tensors import TensorInfo, read_header
 from mlx_tuner.system import files
-from mlx_tuner.system.foreign import read_json
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
-ALL_LAYERS = -1
-"""`Adapter.num_layers` of an adapter that may touch any block, as mlx-lm writes it."""
 
 _NOTE = "mlx_tuner"
 """Key of the safetensors metadata for what a format has no field for; other programs skip it."""
@@ -37,8 +27,7 @@ _PLACES = (("", "language_model."), ("model.language_model.", "language_model.mo
 """Where transformers has the blocks of Qwen3.5, as text model or with its eyes, and where MLX."""
 
 _FLOATS = {"F32", "F16", "BF16"}
-_SAMPLES = 8
-_SAMPLE_BYTES = 64
+_MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -59,8 +48,6 @@ class Adapter:
     """Of the base's weights (see `fingerprint`); None where the adapter's maker left none."""
     folder: Path | None = None
     """Where it was read from."""
-    origin: Mapping[str, Any] | None = None
-    """What `peft_format` keeps to give an imported adapter back bit for bit."""
 
     @property
     def modules(self) -> list[str]:
@@ -82,7 +69,7 @@ def split_block(path: str) -> tuple[int, str]:
     """
     _, marker, rest = f".{path}".partition(".layers.")
     number, dot, key = rest.partition(".")
-    if not (marker and dot and number.isdecimal()):
+    if not (marker and dot and number.isdecimal() and len(number) < 10):
         raise ValueError(path)
     return int(number), key
 
@@ -96,7 +83,7 @@ def write_adapter(directory: Path, adapter: Adapter) -> None:
     The base's revision and fingerprint are keys of our own beside mlx-lm's. The weights come
     first: a config is never there without them.
     """
-    write_tensors(directory / WEIGHTS, adapter.tensors, "mlx", adapter.origin)
+    write_tensors(directory / WEIGHTS, adapter.tensors, "mlx", None)
     config: dict[str, Any] = {
         "fine_tune_type": "lora",
         "num_layers": adapter.num_layers,
@@ -127,74 +114,32 @@ def write_tensors(
         mx.save_safetensors(str(temporary), values, metadata)
 
 
-def import_adapter(source: Path, output: Path) -> Adapter:
-    """Write an adapter of any format that `read_adapter` knows as the new folder `output`.
-
-    Raises:
-        UsageError: `output` cannot be a new folder.
-        ModelError: as `read_adapter` does.
-    """
-    output = output.absolute()
-    files.require_new(output)
-    adapter = read_adapter(source)
-    with files.staging(output) as folder:
-        write_adapter(folder, adapter)
-    return adapter
-
-
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def read_adapter(directory: Path) -> Adapter:
-    """Read an adapter folder: a run's, one that mlx-lm made, or PEFT's.
+def read_mlx(directory: Path) -> Adapter:
+    """Read an adapter in mlx-lm's format.
 
     Raises:
-        ModelError: there is none, it is of a kind that cannot be used (DoRA, full fine-tunes,
-            embeddings, pickles), or its files are damaged or contradict each other; all faults
-            of the tensors at once.
+        ModelError: it is of another kind, or its files are damaged or contradict each other; all
+            faults of the tensors at once.
     """
-    from mlx_tuner.models import peft_format
-
-    if (directory / WEIGHTS).exists():
-        return _read_mlx(directory)
-    if (directory / peft_format.WEIGHTS).exists():
-        return peft_format.read_peft(directory)
-    if pickles := sorted(path.name for path in directory.glob("adapter_model.*")):
-        what = (
-            f"{pickles[0]} may run code when it is read; save the adapter again with PEFT's "
-            "safe_serialization=True"
-        )
-        raise ModelError(Fault(str(directory), "", what))
-    what = f"no adapter: neither {WEIGHTS} nor {peft_format.WEIGHTS} is there"
-    raise ModelError(Fault(str(directory), "", what))
-
-
-def _read_mlx(directory: Path) -> Adapter:
     path = directory / CONFIG
-    config = read_config(directory)
-    if (kind := config.get("fine_tune_type", "lora")) != "lora":
-        raise ModelError(Fault(str(path), "fine_tune_type", f"{kind!r}; only 'lora' is supported"))
-    parameters = config.get("lora_parameters")
-    if not isinstance(parameters, dict):
-        raise ModelError(Fault(str(path), "lora_parameters", "missing; is this an mlx-lm adapter?"))
-    rank = whole_number(path, "lora_parameters.rank", parameters.get("rank"), least=1)
-    scale = number(path, "lora_parameters.scale", parameters.get("scale"))
-    dropout = number(path, "lora_parameters.dropout", parameters.get("dropout", 0.0))
-    layers = whole_number(path, "num_layers", config.get("num_layers"), least=ALL_LAYERS)
-    tensors, origin = load_tensors(directory / WEIGHTS, _check_header)
+    config = read_config(directory, MlxConfig)
+    parameters = config.lora_parameters
+    tensors, _ = load_tensors(directory / WEIGHTS, _check_header)
     adapter = Adapter(
         tensors=tensors,
-        rank=rank,
-        scale=scale,
-        dropout=dropout,
-        num_layers=layers or ALL_LAYERS,
-        base=text(path, "model", config.get("model")) or "",
-        revision=text(path, "revision", config.get("revision")),
-        fingerprint=text(path, "fingerprint", config.get("fingerprint")),
+        rank=parameters.rank,
+        scale=parameters.scale,
+        dropout=parameters.dropout,
+        num_layers=config.num_layers or ALL_LAYERS,
+        base=config.model or "",
+        revision=config.revision,
+        fingerprint=config.fingerprint,
         folder=directory,
-        origin=origin,
     )
-    _check_against_config(adapter, path, parameters.get("keys"))
+    _check_against_config(adapter, path, parameters.keys)
     return adapter
 
 
@@ -216,6 +161,8 @@ def _check_header(header: Mapping[str, TensorInfo]) -> Iterable[tuple[str, str]]
 
 def unusable(module: str, info: TensorInfo) -> str | None:
     """Why a factor of this module cannot be used, whatever the format."""
+    if len(module) > _MAX_NAME:
+        return f"a name of {len(module):,} characters"
     if info.dtype not in _FLOATS:
         return f"dtype {info.dtype}; must be one of {', '.join(sorted(_FLOATS))}"
     try:
@@ -229,7 +176,7 @@ def unusable(module: str, info: TensorInfo) -> str | None:
     return None
 
 
-def _check_against_config(adapter: Adapter, path: Path, keys: Any) -> None:
+def _check_against_config(adapter: Adapter, path: Path, keys: list[str] | None) -> None:
     faults = [
         Fault(
             str(path), name, f"rank {tensor.shape[1]}, but lora_parameters.rank is {adapter.rank}"
@@ -238,8 +185,6 @@ def _check_against_config(adapter: Adapter, path: Path, keys: Any) -> None:
         if name.endswith(".lora_a") and tensor.shape[1] != adapter.rank
     ]
     if keys is not None:
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise ModelError(Fault(str(path), "lora_parameters.keys", "must be a list of names"))
         found = set(adapter.keys)
         what = {
             "{} has tensors, but is not listed": found - set(keys),
@@ -285,52 +230,6 @@ def load_tensors(
     except (KeyError, ValueError, RecursionError):
         note = None
     return tensors, note if isinstance(note, dict) else None
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The folder's ``adapter_config.json``.
-
-    Raises:
-        ModelError: it is missing or broken.
-    """
-    path = directory / CONFIG
-    if not path.is_file():  # opening a FIFO would wait for a writer
-        raise ModelError(Fault(str(path), "", "missing, or not a regular file"))
-    return read_json(path)
-
-
-def number(path: Path, field: str, value: Any) -> float:
-    """A finite number of a config.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ModelError(Fault(str(path), field, f"must be a number, not {value!r}"))
-    return float(value)
-
-
-def whole_number(path: Path, field: str, value: Any, least: int) -> int:
-    """An integer of a config, from `least` up.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        what = f"must be a whole number from {least} up, not {value!r}"
-        raise ModelError(Fault(str(path), field, what))
-    return value
-
-
-def text(path: Path, field: str, value: Any) -> str | None:
-    """A text of a config, or None where it has none.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    if value is not None and not isinstance(value, str):
-        raise ModelError(Fault(str(path), field, f"must be a text, not {value!r}"))
-    return value
 
 
 # ---- onto a model ------------------------------------------------------------------------------
@@ -380,68 +279,3 @@ def named_as_in(model: nn.Module, adapter: Adapter) -> Adapter:
         if all(name.rpartition(".")[0] in there for name in tensors):
             return replace(adapter, tensors=tensors)
     return adapter
-
-
-# ---- the base ----------------------------------------------------------------------------------
-
-
-def fingerprint(folder: Path) -> str:
-    """Which weights a model folder holds: a SHA-256 over each tensor's name, dtype and shape, and
-    over 8 samples of 64 bytes of it, evenly spread.
-
-    It takes milliseconds and does not depend on how the tensors are parted into files. Two models
-    of one shape differ in it unless all of their sampled values are the same.
-
-    Raises:
-        ModelError: there are no weights, or a file is damaged.
-    """
-    digest = hashlib.sha256()
-    tensors: dict[str, tuple[Path, int, TensorInfo]] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        header = read_header(path)
-        data = path.stat().st_size - max((info.end for info in header.values()), default=0)
-        tensors.update((name, (path, data, info)) for name, info in header.items())
-    if not tensors:
-        raise ModelError(Fault(str(folder), "", "no model*.safetensors there"))
-    paths = {path for path, _, _ in tensors.values()}
-    descriptors = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths}
-    try:
-        for name, (path, data, info) in sorted(tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-            last = max(info.end - info.start - _SAMPLE_BYTES, 0)
-            for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
-                size = min(_SAMPLE_BYTES, info.end - info.start - offset)
-                digest.update(os.pread(descriptors[path], size, data + info.start + offset))
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-    return digest.hexdigest()
-
-
-def resolve_base(adapter: Adapter, model: str | None = None) -> Path:
-    """The folder of an adapter's base, or of `model` in its place.
-
-    Raises:
-        ModelError: the adapter names no base, or it cannot be had.
-    """
-    from mlx_tuner.models.model import resolve  # loads mlx-lm, which exports do without
-
-    if not (model or adapter.base):
-        what = "does not say which model it was trained on; name it with --model"
-        raise ModelError(Fault(str(adapter.folder), "", what))
-    return resolve(model or adapter.base, None if model else adapter.revision)
-
-
-def check_base(adapter: Adapter, folder: Path) -> None:
-    """Refuse a base other than the one that the adapter was trained on, where that is known.
-
-    Raises:
-        ModelError: the fingerprints differ.
-    """
-    if adapter.fingerprint is None or (found := fingerprint(folder)) == adapter.fingerprint:
-        return
-    what = (
-        f"trained on {adapter.base or 'another model'} (weights {adapter.fingerprint[:12]}), "
-        f"but {folder} holds other weights ({found[:12]}); give the model it was trained on"
-    )
-    raise ModelError(Fault(str(adapter.folder or "adapter"), "fingerprint", what))

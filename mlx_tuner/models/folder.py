@@ -55,8 +55,12 @@ _NAMING_CODE: dict[str, frozenset[str | None]] = {
 }
 """Keys by which transformers and mlx-lm import modules or open files, and what they may say."""
 
-_READ = {".json", ".txt", ".jinja", ".model", ".tiktoken"}  # by mlx-lm and transformers
-_TEMPLATE_BYTES = 1_000_000
+_MOST_BYTES = dict.fromkeys((".json", ".txt", ".model", ".tiktoken"), foreign.MAX_JSON_BYTES) | {
+    ".jinja": 1_000_000,
+    ".safetensors": math.inf,
+}
+"""What mlx-lm and transformers may open, by suffix."""
+
 _SIZES = {
     "num_hidden_layers": 1_000,
     "num_attention_heads": 100_000,
@@ -111,16 +115,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _file_faults(folder: Path) -> Iterator[Fault]:
     """Files that must not be opened, of all that mlx-lm and transformers may open."""
-    read = [path for path in folder.iterdir() if path.suffix in _READ]
-    read += folder.glob("*.safetensors")
-    read += folder.glob(f"{TEMPLATES}/*")
-    for path in sorted(read):
-        most: float = foreign.MAX_JSON_BYTES
-        if path.suffix == ".safetensors":
-            most = math.inf
-        elif path.suffix == ".jinja" or path.parent != folder:
-            most = _TEMPLATE_BYTES
-        if fault := foreign.fault_of(path, folder, most):
+    yield from foreign.faults_of_files(folder, _MOST_BYTES)
+    for path in folder.glob(f"{TEMPLATES}/*"):
+        if fault := foreign.fault_of(path, folder, _MOST_BYTES[".jinja"]):
             yield fault
 
 

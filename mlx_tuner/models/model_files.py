@@ -5,7 +5,7 @@ Only JSON and safetensors headers are read here; nothing of the folder is ever r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,30 +240,13 @@ def _notes(folder: Path, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _token_ids(folder: Path, config: dict[str, Any]) -> Iterator[tuple[Path, str, int]]:
-    """Every place that names tokens, as file and field, with the highest id there."""
-    path = folder / TOKENIZER
-    tokenizer = read_optional(path)
-    yield path, "model.vocab", _highest(_values(tokenizer.get("model"), "vocab"))
-    added = tokenizer.get("added_tokens")
-    entries = added if isinstance(added, list) else []
-    yield path, "added_tokens", _highest(e.get("id") for e in entries if isinstance(e, dict))
-    path = folder / "vocab.json"
-    yield path, "", _highest(read_optional(path).values())
-    path = folder / TOKENIZER_CONFIG
-    decoder = read_optional(path).get("added_tokens_decoder")
-    keys = decoder if isinstance(decoder, dict) else {}
-    yield path, "added_tokens_decoder", _highest(int(k) for k in keys if k.isdecimal())
+    """Every config that names tokens, as file and field, with the highest id there.
+
+    Those of the tokenizer are checked once it is loaded (`model.load_tokenizer`).
+    """
     path = folder / GENERATION
     for where, table in ((folder / CONFIG, config), (path, read_optional(path))):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = table.get(field)
-            yield where, field, _highest(value if isinstance(value, list) else [value])
-
-
-def _values(table: Any, key: str) -> Iterable[Any]:
-    inner = table.get(key) if isinstance(table, dict) else None
-    return inner.values() if isinstance(inner, dict) else ()
-
-
-def _highest(ids: Iterable[Any]) -> int:
-    return max((i for i in ids if type(i) is int), default=0)
+            ids = value if isinstance(value, list) else [value]
+            yield where, field, max((i for i in ids if type(i) is int), default=0)

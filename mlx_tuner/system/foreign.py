@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def fault_of(path: Path, folder: Path, most_bytes: float = MAX_JSON_BYTES) -> Fa
         what = f"{status.st_size:,} bytes, where at most {most_bytes:,} are taken"
         return Fault(str(path), "", what)
     return None
+
+
+def faults_of_files(folder: Path, most_bytes: Mapping[str, float]) -> Iterator[Fault]:
+    """`fault_of` the files of a folder with one of these suffixes, each with its largest size."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (most := most_bytes.get(path.suffix)) and (fault := fault_of(path, folder, most)):
+            yield fault
 
 
 def _places(folder: Path) -> list[Path]:

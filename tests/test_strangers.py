@@ -1,0 +1,320 @@
+"""Folders that strangers made, given to the real commands: one line, and nothing is done."""
+
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from mlx_lm.utils import load_model
+from model_folders import make_adapter, write_model
+
+from mlx_tuner.cli import main
+from mlx_tuner.models.adapter import write_adapter
+from mlx_tuner.models.folder import TEMPLATES
+
+LOOPS = "{% set x = range(99999)|list %}{% for i in x %}{% for j in x %}{% endfor %}{% endfor %}"
+MODEL_COMMANDS = ("run", "plan", "data", "generate", "convert", "bench", "fuse", "eval", "export")
+ADAPTER_COMMANDS = ("fuse", "generate", "eval", "export", "import", "run")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return write_model(folder, num_hidden_layers=1)
+
+
+@pytest.fixture
+def model(good, tmp_path):
+    return Path(shutil.copytree(good, tmp_path / "model"))
+
+
+@pytest.fixture
+def adapter(good, tmp_path):
+    """An adapter of the good model, with what a run leaves beside it."""
+    folder = tmp_path / "adapter"
+    write_adapter(folder, make_adapter(load_model(good)[0], good, targets=["q_proj"]))
+    return folder
+
+
+@contextmanager
+def at_most(seconds: int):
+    """Fail, rather than hang, where a command waits for something that never comes."""
+
+    def late(*_):
+        raise TimeoutError("the command hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*")}
+
+
+def refusal(
+    command: str, tmp_path: Path, *, model: Path | None, adapter: Path | None = None
+) -> str:
+    """What a command says of a folder; that it is one line a fault, quick, and changes nothing."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1?", "completion": "2"}\n' * 8)
+    recipe = tmp_path / "recipe.toml"
+    start = f'init_from = "{adapter}"\n' if adapter else ""
+    recipe.write_text(
+        f'[model]\npath = "{model}"\n[data]\ntrain = "{rows}"\n[lora]\nrank = 4\nalpha = 8\n'
+        f"{start}[train]\nmax_steps = 1\n"
+    )
+    if adapter is None and command in ("fuse", "eval", "export"):
+        adapter = tmp_path / "from-scratch"
+        write_adapter(adapter, GOOD_ADAPTER)
+    arguments = {
+        "run": ["run", recipe, "--run-dir", tmp_path / "out"],
+        "plan": ["plan", recipe],
+        "data": ["data", rows, "--model", model],
+        "generate": ["generate", adapter or model, "hello", "--max-tokens", "1"]
+        + (["--model", model] if adapter else []),
+        "convert": ["convert", model, "-o", tmp_path / "out"],
+        "bench": ["bench", "--model", model, "--quick", "--steps", "1"],
+        "fuse": ["fuse", adapter, "-o", tmp_path / "out"] + (["--model", model] if model else []),
+        "eval": ["eval", adapter, "--data", rows, "--model", model],
+        "export": ["export", adapter, "--to", "gguf", "-o", tmp_path / "m.gguf", "--model", model],
+        "import": ["import", adapter, "-o", tmp_path / "out"],
+    }[command]
+    before = files_below(tmp_path)
+    with at_most(30):
+        result = CliRunner().invoke(main, [str(word) for word in arguments])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mlx-tune: error: ")]
+    assert result.exit_code == 1, result.output
+    assert lines, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "\x1b" not in "".join(lines)
+    assert files_below(tmp_path) == before
+    return "\n".join(lines)
+
+
+@pytest.fixture(autouse=True)
+def _a_good_adapter(good):
+    global GOOD_ADAPTER
+    GOOD_ADAPTER = make_adapter(load_model(good)[0], good, targets=["q_proj"])
+
+
+# ---- a model folder ------------------------------------------------------------------------------
+
+
+def fifo_as_config(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+def test_every_command_checks_a_model_folder_before_it_is_read(command, model, tmp_path):
+    fifo_as_config(model)
+    assert "config.json: not a regular file" in refusal(command, tmp_path, model=model)
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def link_out(folder, name):
+    (folder.parent / "secret").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder.parent / "secret")
+
+
+SPOILED = {
+    "deep config": (
+        lambda f: (f / "config.json").write_text('{"a":' * 100_000),
+        "config.json: not valid JSON: ",
+    ),
+    "config nested 100 deep": (
+        lambda f: edit(f / "config.json", a=json.loads("[" * 100 + "]" * 100)),
+        "config.json: nested more than 64 deep",
+    ),
+    "deep tokenizer": (
+        lambda f: edit(f / "tokenizer.json", a=json.loads("[" * 100 + "]" * 100)),
+        "tokenizer.json: nested more than 64 deep",
+    ),
+    "400 digits": (
+        lambda f: edit(f / "config.json", rope_theta=10**400),
+        "config.json: not valid JSON: the number 1000",
+    ),
+    "5,000 digits": (
+        lambda f: (f / "config.json").write_text('{"a": ' + "9" * 5_000 + "}"),
+        "has 5,000 digits",
+    ),
+    "10^7 layers": (
+        lambda f: edit(f / "config.json", num_hidden_layers=10**7),
+        "num_hidden_layers: 10000000 is not a whole number up to 1,000",
+    ),
+    "list as dtype": (
+        lambda f: edit(f / "config.json", torch_dtype=["float32"]),
+        "torch_dtype: \"['float32']\" is not one of bfloat16, float16, float32",
+    ),
+    "float8": (
+        lambda f: edit(f / "config.json", torch_dtype="float8_e4m3fn"),
+        "torch_dtype: 'float8_e4m3fn' is not one of",
+    ),
+    "chat_template_type": (
+        lambda f: edit(f / "tokenizer_config.json", chat_template_type="nope"),
+        "chat_template_type: 'nope' is not taken here; remove it",
+    ),
+    "tool_parser_type": (
+        lambda f: edit(f / "tokenizer_config.json", tool_parser_type="..chat_templates.x"),
+        "tool_parser_type: '..chat_templates.x' is not taken here",
+    ),
+    "tokenizer_class": (
+        lambda f: edit(f / "tokenizer_config.json", tokenizer_class="BertJapaneseTokenizer"),
+        "tokenizer_class: 'BertJapaneseTokenizer' is not taken here",
+    ),
+    "tokenizer_class of the config": (
+        lambda f: edit(f / "config.json", tokenizer_class=["a"]),
+        "tokenizer_class: \"['a']\" is not taken here",
+    ),
+    "another tokenizer file": (
+        lambda f: edit(f / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.1.0.json"]),
+        "fast_tokenizer_files: ",
+    ),
+    "a link out, of a file that only transformers reads": (
+        lambda f: link_out(f, "special_tokens_map.json"),
+        "special_tokens_map.json: a link that leads out of its folder",
+    ),
+    "a link out, of a further template": (
+        lambda f: ((f / TEMPLATES).mkdir(), link_out(f, f"{TEMPLATES}/t.jinja")),
+        "additional_chat_templates/t.jinja: a link that leads out of its folder",
+    ),
+    "a huge template": (
+        lambda f: (f / "chat_template.jinja").write_text("x" * 1_000_001),
+        "chat_template.jinja: 1,000,001 bytes, where at most 1,000,000 are taken",
+    ),
+    "a template that loops": (
+        lambda f: (f / "chat_template.jinja").write_text(LOOPS),
+        "chat_template: takes over 2 s or 256 MB for a few short turns",
+    ),
+    "an escape sequence as name": (
+        lambda f: edit(f / "config.json", model_type="\x1b]0;forged\x07\n\u202eqwen2"),
+        r"model_type: '\x1b]0;forged\x07\n\u202eqwen2' is not one of",
+    ),
+    "a special token past the embedding": (
+        lambda f: edit(f / "tokenizer_config.json", additional_special_tokens=["<|beyond|>"]),
+        "tokenizer: token id 2048, but the embedding has 2048 rows",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_hostile_model_folder_is_refused_in_a_line(what, model, tmp_path):
+    spoil, said = SPOILED[what]
+    spoil(model)
+    for command in ("data", "plan"):
+        text = refusal(command, tmp_path, model=model)
+        assert said in text, text
+        assert all(len(line) < 1_500 for line in text.splitlines())
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(model, tmp_path):
+    """Whatever file they come from: here the vocabulary proper, whose last entry moves up."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = 2_048
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for command in ("generate", "data"):
+        assert "token id 2048, but the embedding has 2048 rows" in refusal(
+            command, tmp_path, model=model
+        )
+
+
+def test_a_header_of_58_megabytes_is_refused_before_it_is_read(model, tmp_path):
+    header = json.dumps({"x" * 58_000_000: 1}).encode()
+    path = model / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "begins with a header of 58,000," in refusal("generate", tmp_path, model=model)
+
+
+def test_links_go_into_the_hubs_own_cache_and_into_no_other_place(good, tmp_path):
+    def laid_out(repository: Path, blobs: Path) -> Path:
+        snapshot = repository / "snapshots" / "c0ffee"
+        for place in (snapshot, blobs):
+            place.mkdir(parents=True)
+        for path in good.iterdir():
+            shutil.copy(path, blobs / path.name)
+            (snapshot / path.name).symlink_to(blobs / path.name)
+        return snapshot
+
+    ours = tmp_path / "hub" / "models--qwen--tiny"
+    assert (
+        "mlx-tune: error"
+        not in CliRunner()
+        .invoke(main, ["generate", str(laid_out(ours, ours / "blobs")), "hi", "--max-tokens", "1"])
+        .stderr
+    )
+    elsewhere = [
+        laid_out(tmp_path / "hub" / "models--a--b", tmp_path / "hub" / "models--c--d" / "blobs"),
+        laid_out(tmp_path / "x" / "unpacked", tmp_path / "x" / "blobs"),
+        laid_out(tmp_path / "y" / "models--a--b", tmp_path / "y" / "blobs-of-mine"),
+    ]
+    for folder in elsewhere:
+        assert "a link that leads out of its folder" in refusal("generate", tmp_path, model=folder)
+
+
+# ---- an adapter folder ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ADAPTER_COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["loss.png", "summary.json", "recipe.toml", "adapters.safetensors"]
+)
+def test_every_command_checks_an_adapter_folder_before_it_is_read(
+    command, name, good, adapter, tmp_path
+):
+    (adapter / name).unlink(missing_ok=True)
+    os.mkfifo(adapter / name)
+    said = refusal(command, tmp_path, model=good, adapter=adapter)
+    assert f"{name}: not a regular file" in said
+    (adapter / name).unlink()
+    (tmp_path / "secret").write_text("private")
+    (adapter / name).symlink_to(tmp_path / "secret")
+    said = refusal(command, tmp_path, model=good, adapter=adapter)
+    assert f"{name}: a link that leads out of its folder" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_parameters": {"rank": 10**30, "scale": 1.0}}, "lora_parameters.rank"),
+        ({"lora_parameters": {"rank": 4, "scale": 10**39}}, "lora_parameters.scale"),
+        ({"num_layers": 10**39}, "num_layers"),
+        (
+            {"model": "./\x1b[2K\x1b[1Aforged"},
+            r"./\x1b[2K\x1b[1Aforged: model.path: no such folder",
+        ),
+    ],
+)
+def test_a_hostile_adapter_config_is_refused_in_a_line(adapter, tmp_path, changes, said):
+    edit(adapter / "adapter_config.json", **changes)
+    assert said in refusal("fuse", tmp_path, model=None, adapter=adapter)
+
+
+def test_a_plot_that_is_no_png_is_not_published(good, adapter, tmp_path):
+    (adapter / "loss.png").write_bytes(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    result = CliRunner().invoke(main, ["fuse", str(adapter), "-o", str(tmp_path / "fused")])
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "fused" / "loss.png").exists()
+
+
+def test_tensors_that_are_not_finite_are_refused(good, adapter, tmp_path):
+    path = str(adapter / "adapters.safetensors")
+    tensors = {name: value * float("nan") for name, value in mx.load(path).items()}
+    mx.eval(tensors)
+    mx.save_safetensors(path, tensors)
+    assert "holds NaN or infinity" in refusal("import", tmp_path, model=good, adapter=adapter)
