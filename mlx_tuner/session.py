@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mlx_tuner.runs.checkpoints import Checkpoint
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import (
     FINISHED,
+    RUNNING,
     STOPPED,
     STOPPED_EARLY,
     EvalRecord,
@@ -42,19 +44,24 @@ from mlx_tuner.runs.run import (
     GRAD_NORM_PLOT,
     LOSS_PLOT,
     QUARANTINE,
+    REPORT,
     Run,
     read_records,
+    read_samples,
     read_summary,
 )
-from mlx_tuner.show import plots
+from mlx_tuner.show import page, plots, story
 from mlx_tuner.show.progress import Display
-from mlx_tuner.system import files, interrupt
+from mlx_tuner.system import device, files, interrupt
 from mlx_tuner.words import plural
 
 OPTIMIZER = "optimizer.safetensors"
 
 NONFINITE_LIMIT = 3
 """Steps in a row without a finite loss and gradient that end a run."""
+
+DRAWING_SHARE = 0.01
+"""Of a run's time, that its plots and report may take while it goes on."""
 
 _PARTS = 3
 """An adapter, and two moments of its size, are what a checkpoint holds."""
@@ -112,7 +119,7 @@ class Session:
         every, steps = self.recipe.train, len(self.learning_rates)
         status = FINISHED
         if self.progress.step == 0:
-            self._evaluate()
+            self._look()
         with interrupt.deferred() as signal:
             for result in self._steps():
                 step = self.progress.step
@@ -120,7 +127,7 @@ class Session:
                 if step % every.log_every == 0 or step == steps:
                     self._log()
                 if step % every.eval_every == 0 or step == steps:
-                    self._evaluate()
+                    self._look()
                 if self._is_stale():
                     status = STOPPED_EARLY
                 elif signal.received and step < steps:
@@ -190,8 +197,9 @@ class Session:
             yield result
             self._examples.popleft()
 
-    @property
+    @cached_property
     def _facts(self) -> Facts:
+        valid = self.data.valid
         return Facts(
             recipe=self.recipe.name,
             model=self.recipe.model.path,
@@ -200,6 +208,9 @@ class Session:
             total_steps=len(self.learning_rates),
             trainable_parameters=assembly.trainable_parameters(self.trainer.model),
             total_parameters=models.parameter_count(self.trainer.model),
+            valid_rows=len(valid) if valid is not None else 0,
+            data_notes=self.data.train.notes,
+            machine=story.machine(device.facts()),
         )
 
     @property
@@ -216,6 +227,14 @@ class Session:
         )
         self.run.append(record)
         self.display.record(record)
+
+    def _look(self) -> None:
+        """Evaluate, and refresh what a person looks at while the run goes on."""
+        self._evaluate()
+        meter = self.progress.meter
+        drawing = meter.other_seconds.get("drawing", 0.0)
+        if self.progress.step and drawing <= DRAWING_SHARE * meter.elapsed_seconds:
+            self._draw(RUNNING)
 
     def _evaluate(self) -> None:
         """Measure the validation loss; the adapter of the best one is the run's."""
@@ -308,7 +327,14 @@ class Session:
         meter = self.progress.meter
         if meter.losses:  # steps since the last log line
             self._log()
-        records = read_records(self.run.path)
+        summary = self._draw(status)
+        self.run.write_summary(summary)
+        return summary
+
+    def _draw(self, status: str) -> Summary:
+        """Plots and report, of the run as it is now."""
+        meter, path = self.progress.meter, self.run.path
+        records = read_records(path)
         summary = summarise(
             self._facts,
             records,
@@ -318,10 +344,12 @@ class Session:
             tokenized_rows_per_second=self.data.train.rows_per_second,
             restarts=self.progress.restarts,
         )
-        with self.display.task("drawing the plots"):
-            plots.loss_curve(self.run.path / LOSS_PLOT, records, summary.best_step)
-            plots.grad_norm_curve(self.run.path / GRAD_NORM_PLOT, records)
-        self.run.write_summary(summary)
+        with self.display.task("drawing the plots"), meter.timing("drawing"):
+            plots.loss_curve(path / LOSS_PLOT, records, summary.best_step)
+            plots.grad_norm_curve(path / GRAD_NORM_PLOT, records)
+            recipe, samples = self.recipe.to_toml(), read_samples(path)
+            shown = page.report(records, summary, path, recipe=recipe, samples=samples)
+            files.write_text(path / REPORT, shown)
         return summary
 
 

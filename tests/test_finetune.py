@@ -69,6 +69,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
         "recipe.toml",
         "metrics.jsonl",
         "summary.json",
+        "report.html",
         "loss.png",
         "grad_norm.png",
         "checkpoints",

@@ -28,7 +28,7 @@ from mlx_tuner.bench.work import (
 )
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.show.progress import Display
-from mlx_tuner.show.report import PEFT_BASELINE
+from mlx_tuner.show.story import PEFT_BASELINE
 from mlx_tuner.system import cache, device, files
 from mlx_tuner.system.device import Machine
 

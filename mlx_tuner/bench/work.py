@@ -69,7 +69,7 @@ class Settings:
 
 
 BASELINE_MODEL = "qwen2.5-1.5b"
-"""Shape of the recorded run's model (`show.report.PEFT_BASELINE`)."""
+"""Shape of the recorded run's model (`show.story.PEFT_BASELINE`)."""
 DEFAULT_MODELS = (BASELINE_MODEL, "qwen2.5-0.5b", "builtin:tiny-qwen")
 """What is measured without --model: the first of them that this machine can do in the time."""
 

@@ -121,6 +121,16 @@ class EvalRecord(Figures):
     """Mean over all target tokens of the validation rows."""
 
 
+class Sample(Figures):
+    """An answer while training to one of the recipe's prompts. Step 0 is the base model's."""
+
+    step: int
+    prompt: str
+    answer: str
+    stopped: bool
+    """By itself, not by the longest length."""
+
+
 Record = TrainRecord | EvalRecord
 
 
@@ -187,6 +197,11 @@ class Facts(Figures):
     """Optimizer steps planned."""
     trainable_parameters: int
     total_parameters: int
+    valid_rows: int = 0
+    data_notes: list[str] = []
+    """What there is to say about the rows."""
+    machine: dict[str, str] = {}
+    """What it ran on: chip, memory, versions."""
 
 
 class Summary(Facts):

@@ -7,18 +7,20 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_tuner.errors import Fault, RunError
 from mlx_tuner.runs import checkpoints
 from mlx_tuner.runs.checkpoints import CHECKPOINTS
-from mlx_tuner.runs.metrics import Record, Summary, record_from_json
+from mlx_tuner.runs.metrics import Record, Sample, Summary, record_from_json
 from mlx_tuner.runs.place import METRICS, PREVIOUS, RECIPE, RETURNING, Claim, keep_out
 from mlx_tuner.system import files
 
 DISCARDED = "metrics.discarded.jsonl"
 SUMMARY = "summary.json"
 LOSS_PLOT = "loss.png"
+REPORT = "report.html"
+SAMPLES = "samples.jsonl"
 GRAD_NORM_PLOT = "grad_norm.png"
 QUARANTINE = "quarantine.jsonl"
 _OURS = (
@@ -28,8 +30,8 @@ _OURS = (
     DISCARDED,
     QUARANTINE,
     SUMMARY,
-    "report.html",
-    "samples.jsonl",
+    REPORT,
+    SAMPLES,
     LOSS_PLOT,
     GRAD_NORM_PLOT,
     CHECKPOINTS,
@@ -131,6 +133,10 @@ class Run:
         """Add a line to `metrics.jsonl`."""
         files.append_line(self.path / METRICS, record.model_dump_json())
 
+    def append_sample(self, sample: Sample) -> None:
+        """Add a line to `samples.jsonl`."""
+        files.append_line(self.path / SAMPLES, sample.model_dump_json())
+
     def save_checkpoint(
         self,
         step: int,
@@ -218,25 +224,40 @@ def read_records(run: Path) -> list[Record]:
 
     Raises RunError with the lines that are no records.
     """
-    path = run / METRICS
+    return _lines(run / METRICS, record_from_json, "a record of a run")
+
+
+def read_samples(run: Path) -> list[Sample]:
+    """The answers in a run's `samples.jsonl`, as `read_records` does.
+
+    A resumed run answers again, to the same effect, what its checkpoint did not know of.
+    """
+    samples = _lines(run / SAMPLES, Sample.from_json, "an answer of a run")
+    return list({(sample.step, sample.prompt): sample for sample in samples}.values())
+
+
+_Line = TypeVar("_Line")
+
+
+def _lines(path: Path, read: Callable[[dict[str, Any]], _Line | None], kind: str) -> list[_Line]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RunError(Fault(str(path), "", f"cannot be read: {error.strerror}")) from None
-    records: list[Record] = []
+    found: list[_Line] = []
     faults = []
     for number, line in enumerate(lines, 1):
         try:
-            record = record_from_json(_object(line))
+            one = read(_object(line))
         except ValueError as error:
-            faults.append(Fault(f"{path}:{number}", "", f"is not a record of a run: {error}"))
+            faults.append(Fault(f"{path}:{number}", "", f"is not {kind}: {error}"))
         else:
-            records += [record] if record else []
+            found += [one] if one else []
     if faults:
         raise RunError(*faults)
-    return records
+    return found
 
 
 def read_summary(run: Path) -> Summary | None:

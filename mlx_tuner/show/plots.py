@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mlx_tuner.runs.metrics import EvalRecord, Record, by_step, mean, train_records
+from mlx_tuner.show import story
 from mlx_tuner.system import files
 from mlx_tuner.words import scientific
 
@@ -58,7 +59,6 @@ _STYLE: Any = {
     "lines.solid_capstyle": "round",
 }
 
-_MOST_EPOCHS_MARKED = 8
 _MOST_BARS = 48
 _NOISY_FROM = 20
 """Log lines from which on a smoothed line is drawn over them."""
@@ -258,14 +258,11 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _mark_epochs(axes: Axes, records: Sequence[Record]) -> None:
-    """Faint lines where epochs end; of many epochs, some."""
-    step, epoch = max(((r.step, r.epoch) for r in records), default=(0, 0.0))
-    every = max(1, math.ceil(epoch / _MOST_EPOCHS_MARKED))
-    for number in range(every, math.floor(epoch + 1e-6) + 1, every):
-        end = step * number / epoch
+    """Faint lines where epochs end."""
+    for end, label in story.epoch_marks(records):
         axes.axvline(end, color="#CCCCCC", linestyle=":", linewidth=1.2, zorder=0)
         axes.annotate(
-            f"epoch {number}",
+            label,
             (end, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(0, 3),
