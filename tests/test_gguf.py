@@ -13,6 +13,7 @@ from model_folders import BUILTIN, make_adapter, write_model
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import merge
 from mlx_tuner.conversion.gguf import export_gguf
+from mlx_tuner.conversion.gguf_lora import export_gguf_lora
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.models.adapter import apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
@@ -174,57 +175,89 @@ def test_transformers_reads_the_same_model_out_of_it(tmp_path, display):
     assert np.abs(theirs - ours).max() < 1e-4
 
 
-@pytest.mark.slow
+QUESTIONS = ("Write a function that reverses a string.", "What is 2 + 2?")
+
+
+def llama_cpp(*paths):
+    pytest.importorskip("xllamacpp")
+    from llama_cpp import LlamaCpp
+
+    return LlamaCpp(*paths)
+
+
+def base_of(tmp_path, name, size=0.03):
+    """A base, and an adapter for it."""
+    base = BUILTIN if name == "builtin" else write_model(tmp_path / "base", name, head_dim=32)
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, size=size))
+    return base
+
+
+def prompts(tokenizer):
+    for question in QUESTIONS:
+        message = [{"role": "user", "content": question}]
+        yield list(tokenizer.apply_chat_template(message, add_generation_prompt=True))
+
+
+def ours(base, adapter, prompt, length=24):
+    """Our likeliest tokens after the prompt, with the one that ends the answer."""
+    model = load_model(base)[0]
+    apply(model, read_adapter(adapter))
+    model.eval()
+    answer = []
+    while len(answer) < length and answer[-1:] not in ([2037], [2039]):
+        answer.append(int(model(mx.array([prompt + answer]))[0, -1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("name", ["builtin", "qwen3", "qwen3_5"])
+def test_llama_cpp_answers_with_our_tokens(tmp_path, display, name):
+    base = base_of(tmp_path, name)
+    path = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display, dtype="f32").path
+    tokenizer = load_tokenizer(base)
+    with llama_cpp(path) as theirs:
+        for text in TEXTS:
+            assert theirs.tokens(text) == list(tokenizer.encode(text, add_special_tokens=False))
+        for prompt in prompts(tokenizer):
+            assert theirs.answer(prompt, 24) == ours(base, tmp_path / "adapter", prompt)
+
+
+@pytest.mark.parametrize("name", ["builtin", "qwen3", "qwen3_5"])
+def test_llama_cpp_answers_with_our_tokens_from_the_adapter_alone(
+    tmp_path, display, name, monkeypatch
+):
+    base = base_of(tmp_path, name, size=0.1)
+    # The file of the base, as an adapter that changes nothing gives it; only its check minds.
+    write_adapter(tmp_path / "nothing", make_adapter(load_model(base)[0], base, size=0.0))
+    monkeypatch.setattr("mlx_tuner.conversion.gguf.require_kept", lambda *_, **__: None)
+    path = export_gguf(tmp_path / "nothing", tmp_path / "base.gguf", display, dtype="f32").path
+    size = export_gguf_lora(tmp_path / "adapter", tmp_path / "lora.gguf")
+    factors = read_adapter(tmp_path / "adapter").tensors.values()
+    assert size == sum(value.nbytes for value in factors)
+    asked = list(prompts(load_tokenizer(base)))
+    with llama_cpp(path) as plain, llama_cpp(path, tmp_path / "lora.gguf") as tuned:
+        before = [plain.answer(prompt, 24) for prompt in asked]
+        after = [tuned.answer(prompt, 24) for prompt in asked]
+    assert after == [ours(base, tmp_path / "adapter", prompt) for prompt in asked]
+    assert after != before
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("builtin", "f32"), ("builtin", "q8_0"), ("qwen3", "f16"), ("qwen3", "bf16")],
+    ("name", "dtype"), [("builtin", "q8_0"), ("qwen3", "f16"), ("qwen3_5", "bf16")]
 )
-def test_llama_cpp_cuts_text_and_answers_as_we_do(tmp_path, display, name, dtype):
-    """With cyllama, a build of llama.cpp on PyPI."""
-    llama = pytest.importorskip("cyllama.llama.llama_cpp")
-    llama.disable_logging()
-    base = BUILTIN if name == "builtin" else write_model(tmp_path / "base", "qwen3", head_dim=32)
-    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, size=0.03))
+def test_llama_cpp_answers_from_rounded_weights_nearly_as_we_do(tmp_path, display, name, dtype):
+    base = base_of(tmp_path, name)
     path = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display, dtype=dtype).path
-    theirs = llama.LlamaModel(path_model=str(path), params=llama.LlamaModelParams())
-    vocabulary, tokenizer = theirs.get_vocab(), load_tokenizer(base)
-    for text in TEXTS:
-        own = tokenizer.encode(text, add_special_tokens=False)
-        assert list(vocabulary.tokenize(text, False, True)) == list(own)
-    assert vocabulary.is_eog(2037)
-    assert vocabulary.is_eog(2039)
     model = load_model(base)[0]
     apply(model, read_adapter(tmp_path / "adapter"))
     model.eval()
-    for question in ("Write a function that reverses a string.", "What is 2 + 2?"):
-        message = [{"role": "user", "content": question}]
-        prompt = list(tokenizer.apply_chat_template(message, add_generation_prompt=True))
-        answer = greedy_answer(llama, theirs, prompt, length=24)
+    asked = list(prompts(load_tokenizer(base)))
+    with llama_cpp(path) as theirs:
+        answers = [theirs.answer(prompt, 24) for prompt in asked]
+    for prompt, answer in zip(asked, answers, strict=True):
         logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
         short = logits.max(axis=-1) - logits[mx.arange(len(answer)), mx.array(answer)]
         # Where rounding decides between two tokens of almost one logit, either is right.
         assert short.max() < (0.05 if dtype == "q8_0" else 0.01)
-
-
-def greedy_answer(llama, model, prompt, length):
-    """llama.cpp's likeliest tokens after the prompt, up to the end of its answer."""
-    parameters = llama.LlamaContextParams()
-    parameters.n_ctx = 512
-    context = llama.LlamaContext(model=model, params=parameters)
-    sampler = llama.LlamaSampler(llama.LlamaSamplerChainParams())
-    sampler.add_greedy()
-    answer, due, position = [], prompt, 0
-    while len(answer) < length:
-        batch = llama.LlamaBatch(n_tokens=512, embd=0, n_seq_max=1)
-        for i, token in enumerate(due):
-            batch.add(token, position + i, [0], i == len(due) - 1)
-        context.decode(batch)
-        position += len(due)
-        answer.append(sampler.sample(context, -1))
-        if model.get_vocab().is_eog(answer[-1]):
-            break
-        due = answer[-1:]
-    return answer
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -247,20 +280,52 @@ def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path, display):
-    base = write_model(tmp_path / "base", "qwen3")
+def write_split(base, ours, theirs):
+    """Let a model's tokenizer cut text in another way."""
     text = (base / "tokenizer.json").read_text()
-    (base / "tokenizer.json").write_text(text.replace(r"|\\p{N}|", r"|\\p{N}{1,3}|"))
+    assert ours in text
+    (base / "tokenizer.json").write_text(text.replace(ours, theirs))
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes the file at its word
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
-    with pytest.raises(ModelError, match="cuts text in another way than Qwen2's"):
+
+
+def test_llama_cpp_keeps_marks_with_their_letters_as_qwen_3_5_does(tmp_path, display):
+    base = base_of(tmp_path, "qwen3")
+    write_split(base, r"\\p{L}+|", r"[\\p{L}\\p{M}]+|")
+    write_split(base, r"[^\\s\\p{L}\\p{N}]+", r"[^\\s\\p{L}\\p{M}\\p{N}]+")
+    made = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display)
+    assert fields_of(made.path)["tokenizer.ggml.pre"] == "qwen35"
+    tokenizer = load_tokenizer(base)
+    with llama_cpp(made.path) as theirs:
+        for text in (*TEXTS, "नमस्ते दुनिया"):
+            assert theirs.tokens(text) == list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path, display):
+    base = base_of(tmp_path, "qwen3")
+    write_split(base, r"|\\p{N}|", r"|\\p{N}{1,3}|")
+    with pytest.raises(ModelError, match="cuts text in another way than Qwen's"):
         export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", display)
 
 
+@pytest.mark.parametrize(
+    ("to", "dtype", "what"),
+    [
+        ("gguf", "q4_k_m", "llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M"),
+        ("gguf-lora", "q8_0", "give f32, f16 or bf16"),
+    ],
+)
+def test_a_dtype_that_is_not_written_comes_with_what_to_do(adapted, tmp_path, to, dtype, what):
+    arguments = ["export", str(adapted), "--to", to, "--dtype", dtype]
+    done = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "m.gguf")])
+    assert done.exit_code == 2
+    assert what in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, display, monkeypatch):
-    monkeypatch.setattr("mlx_tuner.conversion.gguf._ARCHITECTURES", ("qwen2_moe",))
+    monkeypatch.setattr("mlx_tuner.conversion.gguf_names.ARCHITECTURES", {"qwen2_moe": "x"})
     with pytest.raises(ModelError, match="cannot be written as GGUF"):
         export_gguf(adapted, tmp_path / "m.gguf", display)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 import click
 
 from mlx_tuner.cli.options import base_option, output_option, push_option, quantize_options
 from mlx_tuner.errors import Fault, UsageError
-
-if TYPE_CHECKING:
-    from mlx_tuner.conversion.gguf import DType
 
 
 @click.command()
@@ -109,34 +106,48 @@ def fuse(
 
 @click.command()
 @click.argument("run_or_adapter", type=click.Path(path_type=Path))
-@click.option("--to", "form", required=True, type=click.Choice(["peft", "gguf"]))
+@click.option(
+    "--to",
+    "form",
+    required=True,
+    type=click.Choice(["peft", "gguf", "gguf-lora"]),
+    help="PEFT's adapter; a GGUF file of the merged model, or of the adapter alone.",
+)
 @click.option(
     "-o",
     "output",
     required=True,
     type=click.Path(path_type=Path),
-    help="New folder for peft, new file for gguf.",
+    help="New folder for peft, new file for gguf and gguf-lora.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f16", "bf16", "f32", "q8_0"]),
-    help="Of a GGUF file's matrices. Default: f16.",
+    type=click.Choice(["f16", "bf16", "f32", "q8_0", "q4_k_m"]),
+    help="Of a GGUF file's matrices. Default: f16, of an adapter alone f32.",
 )
-@click.option("--model", help="The base, for gguf. Default: the one that the adapter names.")
+@click.option("--model", help="The base, for GGUF. Default: the one that the adapter names.")
 @push_option
 def export(
     run_or_adapter: Path,
     form: str,
     output: Path,
-    dtype: DType | None,
+    dtype: str | None,
     model: str | None,
     push: str | None,
 ) -> None:
-    """RUN_OR_ADAPTER as a PEFT adapter, or fused as a GGUF file with a Modelfile beside it."""
+    """RUN_OR_ADAPTER as a PEFT adapter, or as a GGUF file for llama.cpp and Ollama."""
     from mlx_tuner.system import hub
 
     if form == "peft" and (dtype or model):
         raise UsageError("--dtype and --model are for --to gguf; leave them out")
+    if dtype == "q4_k_m":
+        what = (
+            "--dtype q4_k_m: only llama.cpp writes it; export f16, then run its "
+            "`llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M`"
+        )
+        raise UsageError(what)
+    if form == "gguf-lora" and dtype == "q8_0":
+        raise UsageError("--dtype q8_0 is for --to gguf; give f32, f16 or bf16")
     if push:
         hub.check_token(push)
     if form == "peft":
@@ -146,20 +157,30 @@ def export(
         click.echo(f"{output}: PEFT adapter of rank {adapter.rank} for {adapter.base}")
         folder = output
     else:
-        from mlx_tuner.conversion.gguf import export_gguf
-        from mlx_tuner.show.progress import Display
-
         folder = output.absolute().parent
         if push and folder.is_dir() and any(folder.iterdir()):
             what = "has other files in it, which --push would upload; choose a new folder"
             raise UsageError(Fault(str(folder), "", what))
-        with Display() as display:
-            made = export_gguf(run_or_adapter, output, display, dtype=dtype or "f16", model=model)
-        click.echo(
-            f"{output}: {dtype or 'f16'}, {made.bytes / 1e9:.2f} GB, and {made.modelfile.name}"
-        )
-        for name, value in made.check.lines():
-            click.echo(f"{name:>30}  {value}")
+        try:
+            from mlx_tuner.conversion import gguf, gguf_lora
+        except ModuleNotFoundError as error:
+            if error.name != "gguf":
+                raise
+            what = "writing GGUF needs the gguf package; pip install 'mlx-lora-tuner[gguf]'"
+            raise UsageError(what) from None
+        from mlx_tuner.show.progress import Display
+
+        if form == "gguf-lora":
+            kind = cast("gguf_lora.LoraDType", dtype or "f32")
+            size = gguf_lora.export_gguf_lora(run_or_adapter, output, dtype=kind, model=model)
+            click.echo(f"{output}: adapter, {size / 1e6:.1f} MB, for llama.cpp's --lora")
+        else:
+            whole = cast("gguf.DType", dtype or "f16")
+            with Display() as display:
+                made = gguf.export_gguf(run_or_adapter, output, display, dtype=whole, model=model)
+            click.echo(f"{output}: {whole}, {made.bytes / 1e9:.2f} GB, and {made.modelfile.name}")
+            for name, value in made.check.lines():
+                click.echo(f"{name:>30}  {value}")
     if push:
         click.echo(hub.push(folder, push))
 
