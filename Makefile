@@ -1,5 +1,6 @@
 # make demo   a first fine-tune, on the built-in model       make test   the test suite
-# make lint   ruff and mypy                                   make bench  our training step against mlx-lm's
+# make lint   ruff and mypy                                   make quick  the tests of a minute
+# make bench  our training step against mlx-lm's
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,10 +17,10 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint fix bench clean
+.PHONY: demo test quick lint fix bench clean
 .DEFAULT_GOAL := help
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 $(BIN)/python:
 	@if command -v uv >/dev/null; then uv venv --quiet --seed --python $(PYTHON) $(VENV); \
@@ -49,9 +50,14 @@ demo: $(VENV)/.installed
 	@echo; echo '--- fine-tuned:'
 	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) '$(PROMPT)' --max-tokens 100
 
-# Test processes run side by side, on matrices too small for threads.
+# Two processes side by side, on matrices too small for threads.
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: $(VENV)/.test
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q
+	$(PYTEST)
+
+quick: $(VENV)/.test
+	$(PYTEST) --quick
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from harness import child, interleave, options, report, save, table
+from shared import shared
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen2.5-coder"
 FORMS = {"bfloat16": None, "4 bits": 4}
 TOKENIZER = ("generation_config.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
@@ -92,11 +92,11 @@ def make_model(folder: Path, shape: str) -> None:
 
     from mlx_tuner.models.model import skeleton
 
-    config = json.loads((SHARED / f"config-{shape}.json").read_text())
+    config = json.loads((shared() / "qwen2.5-coder" / f"config-{shape}.json").read_text())
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     for name in TOKENIZER:
-        shutil.copyfile(SHARED / name, folder / name)
+        shutil.copyfile(shared() / "qwen2.5-coder" / name, folder / name)
     pool = (0.02 * mx.random.normal((1 << 23,), key=mx.random.key(0))).astype(mx.bfloat16)
     mx.eval(pool)
     shapes = {n: v.shape for n, v in tree_flatten(skeleton(config).parameters())}

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import child, interleave, options, report, save, table
+from shared import shared
 
 from mlx_tuner.bench.measure import Measures
 from mlx_tuner.data.dataset import Dataset, open_dataset
@@ -28,7 +29,7 @@ from mlx_tuner.data.order import Permutation
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.models.model import load_tokenizer
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+SHARED = shared()
 BATCH_ROWS = 8
 STEPS = 100
 """Steps whose rows are read after the first."""

@@ -4,7 +4,7 @@
     python benchmarks/training.py --scaling       # ours alone, 8 and 128 rows a step
     python benchmarks/training.py --targets       # ours alone, answers or every token learned
 
-Random weights of a real shape, the real tokenizer and CodeAlpaca rows from ../shared. mlx-lm is
+Random weights of a real shape, the real tokenizer and CodeAlpaca rows (`shared.py`). mlx-lm is
 its trainer's own loss, batches and compiled step. Each trainer runs in a process of its own,
 and runs what it compiles once before it is timed.
 """
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import child, interleave, options, report, save, table
+from shared import shared
 
 from mlx_tuner.engine.batching import Example
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, SCALE, LEARNING_RATE = 8, 2.0, 1e-4
 
@@ -90,7 +89,7 @@ def load_rows(count: int, *, mask_prompt: bool = True) -> list[Example]:
     from mlx_tuner.models.model import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        for file in (SHARED / "qwen2.5-coder").iterdir():
+        for file in (shared() / "qwen2.5-coder").iterdir():
             name = "config.json" if file.name == "config-0.5B.json" else file.name
             (Path(folder) / name).symlink_to(file)
         tokenizer = load_tokenizer(Path(folder))
@@ -101,7 +100,7 @@ def load_rows(count: int, *, mask_prompt: bool = True) -> list[Example]:
         system_prompt=None,
         on_long_row="truncate",
     )
-    with (SHARED / "codealpaca" / "train.jsonl").open("rb") as file:
+    with (shared() / "codealpaca" / "train.jsonl").open("rb") as file:
         raw = [line for line, _ in zip(file, range(count), strict=False)]
     rows = [parse_row(line, where=f"train.jsonl:{i}") for i, line in enumerate(raw, 1)]
     return [Example(encoded.tokens, encoded.loss_mask) for encoded in encoder.encode(rows)]
@@ -113,7 +112,7 @@ def random_model(args: Any) -> Any:
 
     from mlx_tuner.models.model import skeleton
 
-    config = json.loads((SHARED / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
+    config = json.loads((shared() / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
     mx.random.seed(0)
     model = skeleton(config)

@@ -1,10 +1,29 @@
-"""Fixtures that every test module shares."""
+"""Fixtures that every test module shares, and what `make quick` leaves out."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+# Tests have a Hub of their own; huggingface-hub reads this once, when it is imported.
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+from shared import is_real  # noqa: E402
+from shared import shared as shared_folder  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="neither slow tests nor torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        config.option.markexpr = "not slow"
+        sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +34,13 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real rows, the real Qwen2.5 tokenizer and real model shapes, kept beside the repository."""
-    folder = ROOT.parent / "shared"
-    if not folder.is_dir():
+    """Real rows, the real Qwen2.5 tokenizer and real model shapes, or their stand-ins."""
+    return shared_folder()
+
+
+@pytest.fixture(scope="session")
+def real_shared(shared: Path) -> Path:
+    """The same, for a test whose truth is about the real ones; skipped without."""
+    if not is_real():
         pytest.skip("needs ../shared (real rows and the real tokenizer), which is absent")
-    return folder
+    return shared

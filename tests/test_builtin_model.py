@@ -68,8 +68,10 @@ def test_text_is_cut_where_the_real_tokenizer_cuts_it(shared):
     assert tokenizer().backend_tokenizer.normalizer.normalize_str("e\u0301") == "é"
 
 
-def test_control_tokens_are_single_ids_and_only_the_chat_ones_special(shared):
-    config = json.loads((shared / "qwen2.5-coder" / "tokenizer_config.json").read_text("utf-8"))
+def test_control_tokens_are_single_ids_and_only_the_chat_ones_special(real_shared):
+    config = json.loads(
+        (real_shared / "qwen2.5-coder" / "tokenizer_config.json").read_text("utf-8")
+    )
     real = {t["content"]: t["special"] for t in config["added_tokens_decoder"].values()}
     ours = tokenizer().added_tokens_decoder
     assert {token.content: token.special for token in ours.values()}.items() <= real.items()

@@ -307,22 +307,23 @@ def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, t
 
 
 def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
-    recipe = recipe_of(
-        root,
-        train__epochs=30,
-        train__eval_every=1,
-        train__learning_rate=0.5,
-        train__early_stopping_patience=2,
-    )
+    same = {
+        "train__eval_every": 1,
+        "train__learning_rate": 0.5,
+        "train__lr_schedule": '"constant"',
+        "train__warmup_steps": 0,
+    }
+    recipe = recipe_of(root, train__epochs=30, train__early_stopping_patience=2, **same)
     summary = run_recipe(recipe, tmp_path / "run")
     assert summary.stopped_early
     assert summary.steps == summary.best_step + 2
     again = run_recipe(recipe, tmp_path / "run", resume=True)
     assert "has finished early, by its evaluations" in capsys.readouterr().err
     assert again == summary
-    kept = tmp_path / "run" / "checkpoints" / f"step-{summary.best_step:08d}"
-    if kept.exists():
-        assert_same_adapter(kept, tmp_path / "run")
+    text = RECIPE.replace("epochs = 3\n", "")
+    shorter = recipe_of(root, text, **{**same, "train__max_steps": summary.best_step})
+    run_recipe(shorter, tmp_path / "best")
+    assert_same_adapter(tmp_path / "best", tmp_path / "run")
 
 
 def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
@@ -365,13 +366,13 @@ def test_a_run_without_validation_rows_publishes_its_last_adapter(root, tmp_path
 
 def test_nothing_is_written_where_the_recipe_data_or_model_is_wrong(root, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a"}\n')
-    for changes in (
-        {"data__train": tmp_path / "bad.jsonl"},
-        {"lora__target_modules": '["qkv"]'},
-        {"train__warmup_steps": 1000},
-        {"model__path": '"./no/such/model"'},
+    for changes, error, message in (
+        ({"data__train": tmp_path / "bad.jsonl"}, DataError, "bad.jsonl:1: output: missing"),
+        ({"lora__target_modules": '["qkv"]'}, ModelError, "qkv"),
+        ({"train__warmup_steps": 1000}, RecipeError, "train.warmup_steps: 1000 steps, but"),
+        ({"model__path": '"./no/such/model"'}, ModelError, "no such folder"),
     ):
-        with pytest.raises(Exception, match=r"."):
+        with pytest.raises(error, match=message):
             run_recipe(recipe_of(root, **changes), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
