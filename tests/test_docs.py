@@ -14,7 +14,15 @@ from mlx_tuner.cli import main
 from mlx_tuner.data.rows import FIELDS, parse_row
 from mlx_tuner.recipe.tables import TABLES, parse_recipe
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "adapters/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "data/README.md",
+    "adapters/README.md",
+    "docs/compatibility.md",
+    "docs/serving.md",
+]
 RECIPES = ["quickstart", "first", "improved", "codealpaca"]
 
 
@@ -162,3 +170,17 @@ def test_every_ratio_of_the_readme_is_the_one_that_was_measured(readme: str, roo
 def test_the_changelog_and_the_readme_are_about_this_version(readme: str, root: Path) -> None:
     assert mlx_tuner.__version__ in (root / "CHANGELOG.md").read_text("utf-8")
     assert len(readme.splitlines()) <= 250
+
+
+def test_every_tick_of_the_readme_stands_for_tests(readme: str, root: Path) -> None:
+    """Its table of who loads what has a tick exactly where docs/compatibility.md names a test."""
+
+    def cells(text: str) -> dict[str, list[str]]:
+        rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
+        return {row[0]: row[1:] for row in rows if len(row) == 5}
+
+    tests = cells((root / "docs" / "compatibility.md").read_text("utf-8"))
+    assert len(tests) > 8
+    ticks = {row: c for row, c in cells(readme).items() if "✓" in c}
+    for row, found in ticks.items():
+        assert [cell == "✓" for cell in found] == ["`test_" in cell for cell in tests[row]], row

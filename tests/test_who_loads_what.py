@@ -1,6 +1,13 @@
 """Model folders that we write are models: to us as bases, to mlx-lm and to transformers."""
 
+import contextlib
 import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import mlx.core as mx
 import mlx_lm
@@ -110,3 +117,35 @@ def test_peft_trains_on_a_fused_folder(adapted, tmp_path):
     assert np.abs(np.array(ours(mx.array(IDS))) - theirs).max() < 1e-4
     plain, _ = mlx_lm.load(str(tmp_path / "fused"))
     assert np.abs(np.array(plain(mx.array(IDS))) - theirs).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_mlx_lms_server_answers_with_a_runs_adapter(tmp_path):
+    """As `mlx_lm.server --adapter-path`, in a process of its own, over HTTP."""
+    tuned = tmp_path / "tuned"
+    write_adapter(tuned, make_adapter(load_model(BUILTIN)[0], BUILTIN, size=0.1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["server", "--model", BUILTIN, "--adapter-path", tuned, "--port", port]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlx_lm", *map(str, words)], stderr=subprocess.DEVNULL
+    )
+    question = {"messages": [{"role": "user", "content": "Add 3."}], "temperature": 0}
+    body = json.dumps({**question, "max_tokens": 12}).encode()
+    headers = {"Content-Type": "application/json"}
+    address = f"http://127.0.0.1:{port}/v1/chat/completions"
+    try:
+        for _ in range(120):
+            request = urllib.request.Request(address, body, headers)
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(request) as to:
+                said = json.load(to)["choices"][0]["message"]["content"]
+                break
+            assert server.poll() is None
+            time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait()
+    ours = done("generate", tuned, "Add 3.", "--max-tokens", 12)
+    assert said == ours.removesuffix("\n")
+    assert ours != done("generate", tuned, "Add 3.", "--max-tokens", 12, "--base")
