@@ -27,7 +27,7 @@ BELOW = {
     "recipe": {"errors"},
     "engine": {"errors"},
     "data": {"engine", "errors", "system", "words"},
-    "models": {"engine", "errors", "system"},
+    "models": {"engine", "errors", "system", "words"},
     "runs": {"engine", "errors", "recipe", "system", "words"},
     "show": {"engine", "errors", "recipe", "runs", "system", "words"},
 }

@@ -263,7 +263,7 @@ def resume_as(recipe, kept, path):
 
 def test_another_base_model_is_another_run(finished, root, monkeypatch):
     path, _ = finished
-    monkeypatch.setattr(training.adapter, "fingerprint", lambda folder: "0" * 64)
+    monkeypatch.setattr(training, "fingerprint", lambda folder: "0" * 64)
     with pytest.raises(ModelError, match=r"model.path: holds other weights .* \(.{12} then, 0000"):
         run_recipe(recipe_of(root), path, resume=True)
 

@@ -14,6 +14,7 @@ from mlx_lm.utils import load_model
 from model_folders import make_adapter, write_model
 
 from mlx_tuner.cli import main
+from mlx_tuner.models import chat_template
 from mlx_tuner.models.adapter import write_adapter
 from mlx_tuner.models.folder import TEMPLATES
 
@@ -221,6 +222,17 @@ def test_a_hostile_model_folder_is_refused_in_a_line(what, model, tmp_path):
         assert all(len(line) < 1_500 for line in text.splitlines())
 
 
+def test_a_template_that_loops_for_some_content_only_is_stopped(model, tmp_path, monkeypatch):
+    """Which no check beforehand can find: it is as long as a row takes that ends it."""
+    monkeypatch.setattr(chat_template, "ROW_SECONDS", 1.0)
+    template = json.loads((model / "tokenizer_config.json").read_text())["chat_template"]
+    trap = "{% for m in messages %}{% if m.content == '1 + 1?' %}"
+    text = template + trap + LOOPS + "{% endif %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(text)
+    for command in ("data", "run"):
+        assert "takes over 1 s; the model may be harmful" in refusal(command, tmp_path, model=model)
+
+
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(model, tmp_path):
     """Whatever file they come from: here the vocabulary proper, whose last entry moves up."""
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -294,10 +306,7 @@ def test_every_command_checks_an_adapter_folder_before_it_is_read(
         ({"lora_parameters": {"rank": 10**30, "scale": 1.0}}, "lora_parameters.rank"),
         ({"lora_parameters": {"rank": 4, "scale": 10**39}}, "lora_parameters.scale"),
         ({"num_layers": 10**39}, "num_layers"),
-        (
-            {"model": "./\x1b[2K\x1b[1Aforged"},
-            r"./\x1b[2K\x1b[1Aforged: model.path: no such folder",
-        ),
+        ({"model": "./\x1b[2K\x1b[1Aforged"}, "model: must be at most 500 characters, and none"),
     ],
 )
 def test_a_hostile_adapter_config_is_refused_in_a_line(adapter, tmp_path, changes, said):

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
-from mlx_tuner.show.terminal import console
+from mlx_tuner.show.terminal import console, safe
 from mlx_tuner.words import duration, plural, rate, scientific
 
 WRITER = """
@@ -31,6 +33,17 @@ def test_a_reader_that_leaves_does_not_stop_the_writer(tmp_path, stream):
         pipe.close()
     assert process.returncode == 0
     assert done.read_text() == "went on"
+
+
+def test_an_escape_sequence_in_what_is_printed_is_shown_as_text():
+    """Out of a row or a name, it could forge lines, set the title or turn the direction."""
+    stream = io.StringIO()
+    table = Table("a", "b")
+    table.add_row("\x1b]0;title\x07", Text("\x1b[2K\u202eback\r", style="bold"))
+    console(stream).print(table)
+    safe(stream).write("one\x1b[1Atwo\n")
+    assert "\\x1b]0;t" in stream.getvalue()
+    assert not set(stream.getvalue()) & {"\x1b", "\x07", "\r", "\u202e"}
 
 
 def test_an_ascii_terminal_gets_ascii_in_the_same_columns():

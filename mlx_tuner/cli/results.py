@@ -10,6 +10,7 @@ import click
 
 from mlx_tuner.cli.options import base_option, json_option
 from mlx_tuner.show.terminal import console, safe
+from mlx_tuner.words import printable
 
 
 @click.command()
@@ -53,7 +54,9 @@ def generate(
         messages.append({"role": "user", "content": prompt})
         pieces = []
         for piece in answer(loaded, messages, max_tokens=max_tokens, temperature=temperature):
-            click.echo(piece, nl=False)
+            # A terminal would obey escape sequences; a file gets what the model wrote.
+            shown = printable(piece, keep="\n\t") if sys.stdout.isatty() else piece
+            click.echo(shown, nl=False)
             pieces.append(piece)
         click.echo()
         if not chatting:

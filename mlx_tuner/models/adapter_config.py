@@ -56,6 +56,13 @@ def _is_simple(pattern: str) -> str:
     return pattern
 
 
+def _is_a_name(text: str) -> str:
+    if not text.isprintable() or len(text) > 500:
+        raise ValueError("must be at most 500 characters, and none that moves the cursor")
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_is_a_name)]
 _Off = Annotated[Any, AfterValidator(_is_off)]
 _Scale = Annotated[float, Field(ge=-1e12, le=1e12)]
 _Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
@@ -77,9 +84,9 @@ class MlxConfig(_Config):
     fine_tune_type: Literal["lora"] = "lora"
     num_layers: Annotated[int, Field(ge=ALL_LAYERS, le=_MAX_RANK)]
     lora_parameters: LoraParameters
-    model: str | None = None
-    revision: str | None = None
-    fingerprint: str | None = None
+    model: _Name | None = None
+    revision: _Name | None = None
+    fingerprint: _Name | None = None
 
 
 class PeftConfig(_Config):
@@ -90,8 +97,8 @@ class PeftConfig(_Config):
     lora_alpha: _Scale
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
+    base_model_name_or_path: _Name | None = None
+    revision: _Name | None = None
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[_Pattern, _Rank] | None = None

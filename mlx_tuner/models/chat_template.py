@@ -10,14 +10,19 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.system.interrupt import TookTooLong, time_limit
 
 SECONDS = 2
 """Of CPU time, in which it must have written a few conversations; real ones take milliseconds."""
 
 MEGABYTES = 256
 MOST_CHARACTERS = 1_000_000
+
+ROW_SECONDS = 4.0
+"""For rendering real conversations, and a little more for each."""
 
 _WALL_SECONDS = 20  # where the machine is busy, or limits are not to be had
 _CHILD = Path(__file__).with_name("render_child.py")
@@ -60,3 +65,29 @@ def _excess(template: str) -> str | None:
     if (characters := int(done.stdout)) > MOST_CHARACTERS:
         return f"makes {characters:,} characters"
     return None
+
+
+class Bounded:
+    """`apply_chat_template` of a tokenizer, stopped where it does not end for some content.
+
+    After that it refuses at once, so that a thousand such rows take no longer than one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._refusal: str | None = None
+
+    def __call__(self, conversation: Any, *arguments: Any, **options: Any) -> Any:
+        """Render as transformers does.
+
+        Raises:
+            ModelError: it took too long, now or before.
+        """
+        if self._refusal is None:
+            render = type(self._tokenizer).apply_chat_template
+            try:
+                with time_limit(ROW_SECONDS + 0.02 * len(conversation)):
+                    return render(self._tokenizer, conversation, *arguments, **options)
+            except TookTooLong:
+                self._refusal = f"takes over {ROW_SECONDS:g} s; the model may be harmful"
+        raise ModelError(Fault("", "chat_template", self._refusal))

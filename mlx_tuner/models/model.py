@@ -97,6 +97,8 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
     for each in templates:
         if isinstance(each, str):
             chat_template.require_bounded(each, folder)
+    inner = tokenizer._tokenizer
+    inner.apply_chat_template = chat_template.Bounded(inner)
     return tokenizer
 
 

@@ -30,6 +30,7 @@ from mlx_tuner.models.folder import (
 )
 from mlx_tuner.models.tensors import TensorInfo, read_header
 from mlx_tuner.system.foreign import read_json
+from mlx_tuner.words import printable
 
 _SHARDS = "model*.safetensors"  # what mlx-lm reads
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -231,7 +232,7 @@ def _token_faults(
 def _notes(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     settings = read_optional(folder / TOKENIZER_CONFIG)
     keys = [key for key in CODE_KEYS if key in config or key in settings]
-    code = sorted(path.name for path in folder.glob("*.py"))
+    code = sorted(printable(path.name) for path in folder.glob("*.py"))
     if keys or code:
         yield f"{folder}: code of the model is ignored: {', '.join([*keys, *code])}"
     templates = [folder / f"chat_template.{kind}" for kind in ("jinja", "json")]

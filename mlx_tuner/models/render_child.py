@@ -31,7 +31,7 @@ TOOLS = [
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CODE = "```python\ndef f(x):\n    return {'a': x}  # <b> & \"quotes\" 1,000 é\n```\n"
 CHATS: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}],
+    [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": CODE * 20}],
     [
         {"role": "user", "content": "Add."},

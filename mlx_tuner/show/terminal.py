@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from mlx_tuner.words import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,16 +19,17 @@ _ASCII = str.maketrans("╭╮╰╯─│┤└·●★→–−×✓✗━╸�
 class SafeStream:
     """A text stream whose reader may leave, and whose encoding may lack what is written to it."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, plain: bool = False) -> None:
         self._stream = stream
+        self._plain = plain
         encoding = (getattr(stream, "encoding", None) or "utf-8").lower()
         self._translate = not encoding.startswith("utf")
 
     def write(self, text: str) -> int:
         """Write `text`, as well as the encoding can."""
-        shown = text
+        shown = printable(text, keep="\n\t") if self._plain else text
         if self._translate:
-            shown = text.translate(_ASCII)
+            shown = shown.translate(_ASCII)
             encoding = self._stream.encoding or "ascii"
             shown = shown.encode(encoding, "replace").decode(encoding)
         try:
@@ -53,12 +57,26 @@ class SafeStream:
 
 
 def safe(stream: TextIO) -> TextIO:
-    """`stream` as one that nothing can stop: see `SafeStream`."""
-    return cast("TextIO", SafeStream(stream))
+    """`stream` as one that nothing can stop (see `SafeStream`), for text without escapes."""
+    return cast("TextIO", SafeStream(stream, plain=True))
 
 
 def console(stream: TextIO) -> Console:
-    """A rich console on `stream` that survives its reader and its encoding."""
-    from rich.console import Console
+    """A rich console on `stream` that survives its reader, its encoding and what it prints.
 
-    return Console(file=safe(stream), highlight=False, force_jupyter=False)
+    Escape sequences in what is printed, such as in rows of a stranger's, are shown as text.
+    """
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Escaping(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                text, style, control = segment
+                if not (control or text.isprintable()):
+                    segment = Segment(printable(text, keep="\n\t"), style)
+                yield segment
+
+    return Escaping(file=cast("TextIO", SafeStream(stream)), highlight=False, force_jupyter=False)

@@ -1,7 +1,8 @@
-"""Signals that ask a run to stop: the first is kept for the next step boundary, a second kills."""
+"""Interrupting: signals, kept for the next step boundary, and code that takes too long, stopped."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,3 +42,40 @@ def deferred() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class TookTooLong(Exception):
+    """A block of `time_limit` did not end in time."""
+
+
+class _Late(BaseException):
+    """Raised in the block; not an Exception, which the code in it might catch."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TookTooLong` out of the block after so many seconds, whatever Python code runs in it.
+
+    It works in every thread, which a signal does not.
+    """
+    thread, lock, over = threading.get_ident(), threading.Lock(), False
+
+    def late() -> None:
+        with lock:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread), ctypes.py_object(_Late)
+                )
+
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        try:
+            yield
+        finally:
+            with lock:
+                over = True
+            timer.cancel()
+    except _Late:
+        raise TookTooLong from None
