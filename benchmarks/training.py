@@ -5,8 +5,8 @@
     python benchmarks/training.py --targets       # ours alone, answers or every token learned
 
 Random weights of a real shape, the real tokenizer and CodeAlpaca rows (`shared.py`). mlx-lm is
-its trainer's own loss, batches and compiled step. Each trainer runs in a process of its own,
-and runs what it compiles once before it is timed.
+its trainer's own loss, batches and compiled step, whose shapes are compiled before it is timed.
+Each trainer runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
     parser.add_argument("--steps", type=int, default=4, help="steps a turn")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
-    parser.add_argument("--compile", action="store_true", help="compile ours, as on a GPU")
     parser.add_argument("--scaling", action="store_true", help="ours at --rows and 16 times that")
     parser.add_argument("--targets", action="store_true", help="ours, prompts masked and not")
     parser.add_argument("--learn-prompts", action="store_true", help="every token is a target")
@@ -45,7 +44,7 @@ def main() -> None:
         report(**measure(args, rows))
         return
 
-    keys = ("shape", "layers", "dtype", "rows", "steps", "micro_batch_tokens", "compile")
+    keys = ("shape", "layers", "dtype", "rows", "steps", "micro_batch_tokens")
     settings = {key: getattr(args, key) for key in keys}
 
     def variant(name: str, **changes: Any) -> Any:
@@ -131,12 +130,10 @@ def ours(args: Any, rows: list[Example]) -> dict[str, float]:
     model = random_model(args)
     lora.attach(model, rank=RANK, scale=SCALE, target_modules=TARGETS)
     mx.eval(model.parameters())
-    trainer = Trainer(model, micro_batch_tokens=args.micro_batch_tokens, compile=args.compile)
+    trainer = Trainer(model, micro_batch_tokens=args.micro_batch_tokens)
     batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
-    warm_up = batches if args.compile else batches[:1]
     rates = [LEARNING_RATE] * len(batches)
-    first_loss = next(train(trainer, warm_up[:1], rates)).loss
-    list(train(trainer, warm_up[1:], rates))
+    first_loss = next(train(trainer, batches[:1], rates)).loss
     mx.reset_peak_memory()
     start = time.perf_counter()
     results = list(train(trainer, batches, rates))

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_tuner.data.dataset import Dataset, open_dataset, split
 from mlx_tuner.data.order import Permutation
 from mlx_tuner.engine import lora, memory
+from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
@@ -198,6 +199,11 @@ def weight_bytes(model: nn.Module) -> int:
 def trainable_parameters(model: nn.Module) -> int:
     """Numbers that training changes."""
     return sum(value.size for value in lora.trainable(model).values())
+
+
+def backend() -> Backend:
+    """The numbers of the machine that MLX computes on."""
+    return GPU if on_gpu() else CPU
 
 
 def on_gpu() -> bool:

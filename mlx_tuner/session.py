@@ -188,8 +188,16 @@ class Session:
                 self._examples.append(examples)
                 yield examples
 
-        rates = self.learning_rates[first:]
-        for result in train(self.trainer, batches(), rates, first_step=first):
+        rates, eval_every = self.learning_rates[first:], self.recipe.train.eval_every
+        steps = train(
+            self.trainer,
+            batches(),
+            rates,
+            first_step=first,
+            # An evaluation is no part of the next step's time.
+            pause_after=lambda step: self.data.valid is not None and step % eval_every == 0,
+        )
+        for result in steps:
             self.progress.step += 1
             self.progress.meter.step(result)
             self.display.step(result)

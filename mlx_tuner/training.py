@@ -75,7 +75,7 @@ def finetune(
             max_grad_norm=recipe.train.max_grad_norm,
             seed=recipe.train.seed,
             checkpointing=recipe.train.gradient_checkpointing,
-            compile=assembly.on_gpu(),
+            backend=assembly.backend(),
         )
         with device.limits():
             if assembly.on_gpu():

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_tuner.engine import batching, flops, forward, lora
+from mlx_tuner.engine import batching, flops, forward, lora, sums
 from mlx_tuner.engine.forward import Layout, prefix_states
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model
@@ -61,8 +61,10 @@ def _transparent_functions(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(mx, "custom_function", transparent)
-    monkeypatch.setattr(forward, "swiglu", lambda gate, up: gate * mx.sigmoid(gate) * up)
+    monkeypatch.setattr(forward, "swiglu", lambda gate, up, fused: gate * mx.sigmoid(gate) * up)
     monkeypatch.setattr(lora, "product", lambda x, factor: x @ factor)
+    monkeypatch.setattr(lora, "add_product", lambda scale: lambda y, z, b: y + scale * (z @ b))
+    monkeypatch.setattr(sums, "row_sums", lambda x: x.sum(axis=-1, keepdims=True))
 
 
 def _products(function: Any, *arguments: Any) -> int:

@@ -130,7 +130,9 @@ def test_a_fused_layer_computes_what_the_adapted_one_did(bits):
 
 def test_dropout_keeps_the_mean_and_needs_training_mode():
     layer = lora.LoRALinear(nn.Linear(4, 4), rank=2, scale=1.0, dropout=0.25)
-    layer._dropout_key = mx.random.key(0)
+    lora.number_layers(layer)
+    keys = lora.token_keys(0, 0, np.zeros(20_000, int), np.arange(20_000))
+    lora.set_dropout_keys(layer, mx.array(keys))
     ones = mx.ones((20_000, 4))
     dropped = np.array(layer.drop(ones))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}

@@ -104,7 +104,7 @@ class Work:
             assembly.trainable_parameters(model),
             self._token_bytes(model),
         )
-        return Trainer(model, micro_batch_tokens=tokens, compile=assembly.on_gpu())
+        return Trainer(model, micro_batch_tokens=tokens, backend=assembly.backend())
 
     @cached_property
     def needed_bytes(self) -> int:

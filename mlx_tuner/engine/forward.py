@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_tuner.engine import linear_attention, lora
+from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.batching import MicroBatch
+from mlx_tuner.engine.gather import Gather
 from mlx_tuner.engine.lanes import lanes
 from mlx_tuner.engine.linear_attention import Chunks
-from mlx_tuner.engine.slots import Slots
+from mlx_tuner.engine.swiglu import swiglu
 
 PrefixState = tuple[mx.array, ...]
 """What a block's later tokens need of a prefix: keys and values (1, heads, P, head size) of softmax
@@ -34,32 +37,45 @@ class Layout(NamedTuple):
     token_of_slot: mx.array
     slot_of_token: mx.array
     sources: mx.array
+    source_of_token: mx.array
     targets: mx.array
     weights: mx.array
     prefix: int
     past: int
     lengths: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
+    repeats: int
+    fused: bool
+    """`Backend.fused`."""
+    dropout_keys: mx.array | None = None
+    """(N, 2) uint32, each token's own (`lora.token_keys`); None without dropout."""
 
     @classmethod
-    def of_prefix(cls, tokens: mx.array) -> Layout:
+    def of_prefix(cls, tokens: mx.array, fused: bool = False) -> Layout:
         """A prefix alone, for what later tokens need of it."""
         own, none = mx.arange(len(tokens)), mx.zeros(0)
-        return cls(tokens, own, own, none, none, none, len(tokens), 0, (), ())
+        alone = (len(tokens), 0, (), ())
+        return cls(tokens, own, own, none, none, none, none, *alone, repeats=1, fused=fused)
 
     @classmethod
-    def of(cls, batch: MicroBatch) -> Layout:
+    def of(
+        cls, batch: MicroBatch, backend: Backend = CPU, dropout_keys: np.ndarray | None = None
+    ) -> Layout:
         return cls(
             mx.array(batch.tokens),
             mx.array(batch.token_of_slot),
             mx.array(batch.slot_of_token),
             mx.array(batch.sources),
+            mx.array(batch.source_of_token),
             mx.array(batch.targets),
             mx.array(batch.weights),
             batch.prefix,
             batch.past,
             batch.lengths,
             batch.groups,
+            batch.repeats,
+            backend.fused,
+            None if dropout_keys is None else mx.array(dropout_keys),
         )
 
 
@@ -76,7 +92,7 @@ def hidden_at_targets(
     *,
     checkpointing: bool = False,
 ) -> tuple[mx.array, list[PrefixState]]:
-    """Final hidden states (M, D) at ``layout.sources``, normed and ready for the head.
+    """Final hidden states (M, D), one for each of ``layout.targets``, normed, for the head.
 
     Args:
         past: each block's state after a prefix that was computed elsewhere (`prefix_states`).
@@ -85,33 +101,40 @@ def hidden_at_targets(
     Returns:
         The hidden states, and each block's state after the prefix at the front of the layout.
     """
-    x, inside = _through_blocks(model, layout, past, layout.sources, checkpointing)
-    return model.model.norm(x), inside
+    sources = Gather(layout.sources, layout.source_of_token)
+    x, inside = _through_blocks(model, layout, past, sources, checkpointing)
+    x = model.model.norm(x)
+    if layout.repeats > 1:
+        # The gradient of a broadcast is a sum, in one order always; a gather's is a scatter-add.
+        first = mx.broadcast_to(x[:1], (layout.repeats, x.shape[1]))
+        x = mx.concatenate([first, x[1:]])
+    return x, inside
 
 
-def prefix_states(model: nn.Module, tokens: mx.array) -> list[PrefixState]:
+def prefix_states(model: nn.Module, tokens: mx.array, *, fused: bool = False) -> list[PrefixState]:
     """Each block's state after prefix tokens (P,)."""
-    return _through_blocks(model, Layout.of_prefix(tokens), (), None, False)[1]
+    return _through_blocks(model, Layout.of_prefix(tokens, fused), (), None, False)[1]
 
 
 def _through_blocks(
     model: nn.Module,
     layout: Layout,
     past: Sequence[PrefixState],
-    sources: mx.array | None,
+    sources: Gather | None,
     checkpointing: bool,
 ) -> tuple[mx.array, list[PrefixState]]:
     x = model.model.embed_tokens(layout.tokens)
-    slots = Slots(layout.token_of_slot, layout.slot_of_token)
-    chunks = Chunks.of(layout.prefix, layout.lengths)
+    slots = Gather(layout.slot_of_token, layout.token_of_slot)
+    chunks = Chunks.of(layout.prefix, layout.lengths, len(layout.tokens))
     inside = []
     for i, block in enumerate(model.layers):
         run: Callable[..., Any] = (
-            partial(_linear_attention, block.linear_attn, chunks)
+            partial(_linear_attention, block.linear_attn, chunks, layout.fused)
             if "linear_attn" in block
             else partial(_attention, block.self_attn, layout, slots)
         )
-        run = partial(_block, block, run, sources if i == len(model.layers) - 1 else None)
+        last = i == len(model.layers) - 1
+        run = partial(_block, block, layout, run, sources if last else None)
         run = _checkpointed(block, run) if checkpointing else run
         x, *state = run(x, *(past[i] if past else ()))
         inside.append(tuple(state))
@@ -120,28 +143,42 @@ def _through_blocks(
 
 def _block(
     block: nn.Module,
+    layout: Layout,
     mix: Callable[..., Any],
-    sources: mx.array | None,
+    sources: Gather | None,
     x: mx.array,
     *past: mx.array,
 ) -> tuple[mx.array, ...]:
-    """(N, D) to (N, D), or to (M, D) with ``sources``; then the state after the prefix."""
+    """(N, D) to (N, D), or to (U, D) with ``sources``; then the state after the prefix."""
+    _give_dropout_keys(block, layout, sources)
     mixed, *state = mix(sources, block.input_layernorm(x), past)
-    x = mixed + (x if sources is None else x[sources])
-    return x + _mlp(block.mlp, block.post_attention_layernorm(x)), *state
+    x = mixed + (x if sources is None else sources(x))
+    return x + _mlp(block.mlp, block.post_attention_layernorm(x), layout.fused), *state
+
+
+def _give_dropout_keys(block: nn.Module, layout: Layout, sources: Gather | None) -> None:
+    """Every layer of a block its tokens' keys: those after attention may see the sources alone."""
+    keys = layout.dropout_keys
+    if keys is None:
+        return
+    lora.set_dropout_keys(block, keys)
+    if sources is not None:
+        mixer = block.linear_attn.out_proj if "linear_attn" in block else block.self_attn.o_proj
+        for module in (mixer, block.mlp):
+            lora.set_dropout_keys(module, keys[layout.sources])
 
 
 def _attention(
     attention: nn.Module,
     layout: Layout,
-    slots: Slots,
-    sources: mx.array | None,
+    slots: Gather,
+    sources: Gather | None,
     x: mx.array,
     past: PrefixState,
 ) -> tuple[mx.array, ...]:
     """Softmax attention of (N, D), as `_block`."""
     q, k, v, gate = _project(attention, x)
-    prefix, *groups = zip(*(_split(slots.fill(y), layout) for y in (q, k, v)), strict=True)
+    prefix, *groups = zip(*(_split(slots.back(y), layout) for y in (q, k, v)), strict=True)
     outputs = []
     if layout.prefix:
         q, k, v = (_heads(attention, y[None]) for y in prefix)
@@ -157,20 +194,29 @@ def _attention(
             outputs.append(
                 _join_heads(_attend(attention, q, k, v)).reshape(shape[0] * shape[1], -1)
             )
-    out = slots.gather_at(mx.concatenate(outputs), sources)
+    out = slots(mx.concatenate(outputs))
+    if sources is not None:
+        out, gate = sources(out), gate if gate is None else sources(gate)
     if gate is not None:
-        out = out * mx.sigmoid(gate if sources is None else gate[sources])
+        out = out * mx.sigmoid(gate)
     return attention.o_proj(out), *(past if layout.prefix else ())
 
 
 def _linear_attention(
-    net: nn.Module, chunks: Chunks, sources: mx.array | None, x: mx.array, past: PrefixState
+    net: nn.Module,
+    chunks: Chunks,
+    fused: bool,
+    sources: Gather | None,
+    x: mx.array,
+    past: PrefixState,
 ) -> tuple[mx.array, ...]:
     """Gated DeltaNet of (N, D), as `_block`."""
     z, out, *state = linear_attention.read(net, chunks, x, past)
-    out = net.norm(chunks.slots.gather_at(out, sources).reshape(-1, net.head_v_dim))
-    z = z if sources is None else z[sources]
-    return net.out_proj(swiglu(z, out.reshape(z.shape))), *state
+    out = chunks.slots(out)
+    if sources is not None:
+        z, out = sources(z), sources(out)
+    out = net.norm(out.reshape(-1, net.head_v_dim)).reshape(z.shape)
+    return net.out_proj(swiglu(z, out, fused=fused)), *state
 
 
 def _project(
@@ -220,56 +266,11 @@ def _split(x: mx.array, layout: Layout) -> list[mx.array]:
     return mx.split(x, ends)
 
 
-def _mlp(mlp: nn.Module, x: mx.array) -> mx.array:
+def _mlp(mlp: nn.Module, x: mx.array, fused: bool) -> mx.array:
     if "gate_proj" not in mlp:
         return mlp(x)  # a mixture of experts
-    return mlp.down_proj(swiglu(*lora.project([mlp.gate_proj, mlp.up_proj], x)))
-
-
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """``gate · σ(gate) · up`` (Shazeer 2020, arXiv:2002.05202), computed in fp32.
-
-    In fp32 the gradient takes the sigmoid from the forward pass: on the CPU backend an exponential
-    costs twenty multiplications. In half precision it is computed again, so that it needs neither
-    memory nor rounding.
-    """
-    return _swiglu(gate, up)[0]
-
-
-@mx.custom_function
-def _swiglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    wide = gate.astype(mx.float32)
-    sigmoid = side_by_side(mx.sigmoid, wide)
-    kept = sigmoid if gate.dtype == mx.float32 else mx.zeros(())
-    return (wide * sigmoid * up).astype(gate.dtype), kept
-
-
-@_swiglu.vjp
-def _swiglu_vjp(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-) -> tuple[mx.array, mx.array]:
-    dtype = primals[0].dtype
-    gate, up, cotangent = (x.astype(mx.float32) for x in (*primals, cotangents[0]))
-    sigmoid = outputs[1] if dtype == mx.float32 else mx.sigmoid(gate)
-    silu = gate * sigmoid
-    of_gate = cotangent * up * (sigmoid + silu * (1 - sigmoid))
-    return of_gate.astype(dtype), (cotangent * silu).astype(dtype)
-
-
-def side_by_side(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """An element-wise function of x, its first axis shared out among the lanes."""
-    streams = lanes()
-    if len(streams) == 1:
-        return function(x)
-    parts = []
-    for part, stream in zip(mx.split(x, _cuts(x.shape[0], len(streams))), streams, strict=True):
-        with mx.stream(stream):
-            parts.append(function(part))
-    return mx.concatenate(parts)
-
-
-def _cuts(length: int, parts: int) -> list[int]:
-    return [length * i // parts for i in range(1, parts)]
+    gate, up = lora.project([mlp.gate_proj, mlp.up_proj], x)
+    return mlp.down_proj(swiglu(gate, up, fused=fused))
 
 
 def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:

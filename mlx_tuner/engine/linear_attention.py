@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_tuner.engine import gated_delta, lora
-from mlx_tuner.engine.slots import Slots
+from mlx_tuner.engine.gather import Gather
 
 CHUNK = 64
 """Tokens of a chunk: a power of two."""
@@ -27,8 +27,10 @@ NORM_EPS = 1e-6
 class Chunks(NamedTuple):
     """Where flat tokens lie in chunks."""
 
-    slots: Slots
+    slots: Gather
     """Each chunk has ``CHUNK`` of them."""
+    real: mx.array
+    """(N, 1), whether a token is none that pads."""
     prefix: int
     """Tokens of the prefix at the front."""
     prefix_rows: tuple[int, ...]
@@ -37,17 +39,25 @@ class Chunks(NamedTuple):
     """As `gated_delta.chunk` gives it, of the rows."""
 
     @classmethod
-    def of(cls, prefix: int, lengths: Sequence[int]) -> Chunks:
-        """Of ``prefix`` flat tokens and, after them, rows of such lengths, longest first."""
-        total = prefix + sum(lengths)
+    def of(cls, prefix: int, lengths: Sequence[int], total: int) -> Chunks:
+        """Of ``prefix`` flat tokens, rows of such lengths, longest first, and padding to ``total``.
+
+        Padding has an empty slot, of which there is one where padding is to a multiple of a chunk.
+        """
         before, prefix_rows = gated_delta.chunk([prefix], CHUNK)
         after, rows = gated_delta.chunk(lengths, CHUNK)
-        tokens = np.concatenate([np.where(before < prefix, before, total), prefix + after])
+        own = sum(lengths)
+        before, after = (
+            np.where(before < prefix, before, total),
+            np.where(after < own, after + prefix, total),
+        )
+        tokens = np.concatenate([before, after])
         used = np.flatnonzero(tokens < total)
-        slots = np.empty(total, np.int32)
+        slots = np.full(total, tokens.argmax(), np.int32)
         slots[tokens[used]] = used
         tokens = mx.array(tokens.astype(np.int32))
-        return cls(Slots(tokens, mx.array(slots)), prefix, prefix_rows, rows)
+        real = mx.arange(total)[:, None] < prefix + own
+        return cls(Gather(mx.array(slots), tokens), real, prefix, prefix_rows, rows)
 
 
 def read(
@@ -75,7 +85,9 @@ def read(
     beta = mx.sigmoid(b.astype(mx.float32))
     decay = nn.softplus(a.astype(mx.float32) + net.dt_bias)
     log_decay = -mx.exp(net.A_log.astype(mx.float32)) * decay
-    parts = [chunks.slots.fill(y).reshape(-1, CHUNK, y.shape[1]) for y in (mixed, log_decay, beta)]
+    # Tokens that pad share an empty slot, on which the state does depend through these two.
+    beta, log_decay = (mx.where(chunks.real, y, 0) for y in (beta, log_decay))
+    parts = [chunks.slots.back(y).reshape(-1, CHUNK, y.shape[1]) for y in (mixed, log_decay, beta)]
     first = len(chunks.prefix_rows)
     outputs = []
     if chunks.prefix:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_tuner.errors import Fault, ModelError
@@ -54,22 +56,20 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, I) to (…, O)."""
-        return self.linear(x) + self.delta(x)
+        return self.add(self.linear(x), product(self.drop(x), self.lora_a))
 
-    def delta(self, x: mx.array) -> mx.array:
-        """The adapter's own part of the output, (…, I) to (…, O)."""
-        return self.expand(product(self.drop(x), self.lora_a))
-
-    def expand(self, z: mx.array) -> mx.array:
-        """``scale · B z``, (…, r) to (…, O)."""
-        return product(self.scale * z, self.lora_b)
+    def add(self, y: mx.array, z: mx.array) -> mx.array:
+        """``y + scale · B z``, of (…, O) and (…, r)."""
+        return add_product(self.scale)(y, z, self.lora_b)
 
     def drop(self, x: mx.array) -> mx.array:
-        """Inverted dropout while training, from the key that `set_dropout_key` gave."""
+        """Inverted dropout while training, by the tokens' keys that `set_dropout_keys` gave."""
         if not (self.dropout and self.training):
             return x
-        keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
-        return mx.where(keep, x * (1 / (1 - self.dropout)), 0).astype(x.dtype)
+        keys = self._dropout_keys ^ self._dropout_key
+        keep = mx.vmap(lambda key: mx.random.bernoulli(1 - self.dropout, x.shape[-1:], key=key))
+        kept = keep(keys).reshape(x.shape)
+        return mx.where(kept, x * (1 / (1 - self.dropout)), 0).astype(x.dtype)
 
     def fuse(self, dtype: mx.Dtype | None = None) -> nn.Linear:
         """A plain linear layer with ``W + scale · (A B)ᵀ``, summed in fp32.
@@ -97,9 +97,33 @@ def product(x: mx.array, factor: mx.array) -> mx.array:
 def _product_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
-    x, factor = primals
+    return _product_vjp_of(*primals, cotangent)
+
+
+def _product_vjp_of(
+    x: mx.array, factor: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array]:
     rows, errors = (y.reshape(-1, y.shape[-1]).astype(mx.float32) for y in (x, cotangent))
     return cotangent @ factor.astype(x.dtype).T, rows.T @ errors
+
+
+@cache
+def add_product(scale: float) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """``y + scale · (z @ factor)``, (…, O), (…, r) and (r, O) in fp32, in the dtype of ``y``."""
+
+    @mx.custom_function
+    def add(y: mx.array, z: mx.array, factor: mx.array) -> mx.array:
+        return mx.addmm(y, z, factor.astype(z.dtype), alpha=scale)
+
+    @add.vjp
+    def add_vjp(
+        primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, __: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        _, z, factor = primals
+        of_z, of_factor = _product_vjp_of(z, factor, cotangent)
+        return cotangent, scale * of_z, scale * of_factor
+
+    return add
 
 
 def project(layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
@@ -116,7 +140,7 @@ def project(layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
     inner = product(x, factors)
     inner = dict(zip(map(id, adapted), mx.split(inner, ends[:-1], axis=-1), strict=True))
     return [
-        layer.linear(x) + layer.expand(inner[id(layer)]) if id(layer) in inner else layer(x)
+        layer.add(layer.linear(x), inner[id(layer)]) if id(layer) in inner else layer(x)
         for layer in layers
     ]
 
@@ -175,6 +199,12 @@ def attach(
     ]
     model.update_modules(tree_unflatten(adapted))
     return targets
+
+
+def number_layers(model: nn.Module) -> None:
+    """Give each LoRA layer a key of its own, by which its dropout masks differ from the others'."""
+    for number, layer in enumerate(adapted_modules(model).values()):
+        layer._dropout_key = mx.array(_mix(np.array([number], np.uint64)).view(np.uint32))
 
 
 def find_targets(
@@ -236,12 +266,33 @@ def trainable(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def set_dropout_key(model: nn.Module, key: mx.array) -> None:
-    """Give each LoRA layer its own key for the next pass, so that its mask is a function of it."""
-    layers = [layer for layer in adapted_modules(model).values() if layer.dropout]
-    if layers:
-        for layer, layer_key in zip(layers, mx.random.split(key, len(layers)), strict=True):
-            layer._dropout_key = layer_key
+def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Keys of the dropout masks of tokens (N,), by their rows' numbers and positions in them.
+
+    A function of these numbers alone, so that masks depend on nothing that happened before, nor on
+    which tokens are computed together. (Steele et al. 2014, SplitMix64's mixing.)
+
+    Returns:
+        (N, 2) uint32; a layer mixes its own key in (`set_dropout_keys`).
+    """
+    (of_step,) = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    x = rows.astype(np.uint64) << np.uint64(32) | positions.astype(np.uint64)
+    return _mix(_mix(x) ^ of_step).view(np.uint32).reshape(-1, 2)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def set_dropout_keys(model: nn.Module, keys: mx.array | None) -> None:
+    """Give LoRA layers the `token_keys` (N, 2) of the tokens that come next; None: no dropout."""
+    if keys is not None:
+        for _, module in model.named_modules():
+            if isinstance(module, LoRALinear):
+                module._dropout_keys = keys
 
 
 def fuse_all(model: nn.Module, dtype: mx.Dtype | None = None) -> None:

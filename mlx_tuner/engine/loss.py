@@ -8,19 +8,27 @@ the kernel).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tuner.engine import sums
+from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.lanes import lanes
 
-CHUNK_BYTES = 64 * 2**20
-"""Bytes of fp32 logits in a chunk; a chunk has at least `MIN_CHUNK` targets."""
-
 MIN_CHUNK = 32
+"""Targets."""
 
 
 def linear_cross_entropy(
-    hidden: mx.array, head: nn.Module, targets: mx.array, weights: mx.array
+    hidden: mx.array,
+    head: nn.Module,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    backend: Backend = CPU,
 ) -> mx.array:
     """``Σᵢ weightsᵢ · (logsumexp(W hᵢ) − (W hᵢ)[targetsᵢ])``, differentiable in ``hidden`` alone.
 
@@ -29,6 +37,7 @@ def linear_cross_entropy(
         head: the output layer or the tied embedding, (V, D), plain or quantised, frozen.
         targets: (M,) token ids.
         weights: (M,) fp32; 0 leaves a target out.
+        backend: how large a chunk is.
 
     Returns:
         The sum, an fp32 scalar. Softmax and sums run in fp32 whatever the dtype of ``hidden``.
@@ -36,18 +45,8 @@ def linear_cross_entropy(
 
     @mx.custom_function
     def loss_and_gradient(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        losses: list[mx.array] = []
-        gradients: list[mx.array] = []
-        for start, chunk, lane in _chunks(hidden.shape[0], _vocabulary(head)):
-            rows = slice(start, start + chunk)
-            # A lane's next chunk waits for all of its last one; else all their logits are alive.
-            h = hidden[rows]
-            if len(gradients) >= len(lanes()):
-                last = -len(lanes())
-                (h,) = mx.depends([h], [gradients[last], losses[last]])
-            loss, gradient = _chunk_loss(h, head, targets[rows], weights[rows], lane)
-            losses.append(loss)
-            gradients.append(gradient)
+        parts = _in_chunks(hidden, head, targets, weights, backend, with_gradient=True)
+        losses, gradients = zip(*parts, strict=True)
         return mx.stack(losses).sum(), mx.concatenate(gradients)
 
     @loss_and_gradient.vjp
@@ -59,48 +58,84 @@ def linear_cross_entropy(
     return loss_and_gradient(hidden)[0]
 
 
-def _chunk_loss(
-    hidden: mx.array, head: nn.Module, targets: mx.array, weights: mx.array, lane: mx.Stream
-) -> tuple[mx.array, mx.array]:
-    logits = _logits(head, hidden)
-    with mx.stream(lane):
-        loss, error = _softmax_loss(logits.astype(mx.float32), targets, weights)
-        error = error.astype(hidden.dtype)
-    return loss, weights[:, None].astype(hidden.dtype) * _times_weight(head, error)
+def linear_cross_entropy_value(
+    hidden: mx.array,
+    head: nn.Module,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    backend: Backend = CPU,
+) -> mx.array:
+    """`linear_cross_entropy` without a gradient, which takes a third of its products."""
+    parts = _in_chunks(hidden, head, targets, weights, backend, with_gradient=False)
+    return mx.stack([loss for loss, *_ in parts]).sum()
+
+
+def _in_chunks(
+    hidden: mx.array,
+    head: nn.Module,
+    targets: mx.array,
+    weights: mx.array,
+    backend: Backend,
+    *,
+    with_gradient: bool,
+) -> list[list[mx.array]]:
+    """Of each chunk the weighted loss and, if asked for, its gradient (n, D)."""
+    parts: list[list[mx.array]] = []
+    for start, chunk, lane in _chunks(hidden.shape[0], head.weight.shape[0], backend):
+        rows = slice(start, start + chunk)
+        h = hidden[rows]
+        if len(parts) >= len(lanes()):
+            # Wait for this stream's previous chunk, so that it has one chunk of logits at a time.
+            (h,) = mx.depends([h], parts[-len(lanes())])
+        logits = _logits(head, h)
+        with mx.stream(lane):
+            loss, *error = _softmax_loss(
+                logits, targets[rows], weights[rows], backend.fused, with_gradient
+            )
+        of_rows = weights[rows, None].astype(h.dtype)
+        parts.append([loss, *(of_rows * _times_weight(head, e.astype(h.dtype)) for e in error)])
+    return parts
 
 
 def _softmax_loss(
-    logits: mx.array, targets: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array]:
-    """The weighted loss of (n, V) logits, and softmax less one-hot (n, V), still unweighted."""
-    p = mx.softmax(logits, axis=-1)
-    # logsumexp(z) = z_j − log p_j for any j; the largest p_j loses nothing to rounding.
-    best = mx.argmax(logits, axis=-1, keepdims=True)
-    logsumexp = _pick(logits, best) - mx.log(_pick(p, best))
+    logits: mx.array, targets: mx.array, weights: mx.array, fused: bool, with_gradient: bool
+) -> list[mx.array]:
+    """The weighted loss of (n, V) logits; then softmax less one-hot (n, V), still unweighted."""
+    # z − max is exact where it matters, so that a target of any probability has its exact loss.
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = _exponentials(fused)(logits, largest)
+    total = sums.row_sums(exponentials)
     targets = targets[:, None]
-    loss = (weights * (logsumexp - _pick(logits, targets))).sum()
+    shifted = mx.take_along_axis(logits, targets, axis=-1).astype(mx.float32) - largest
+    loss = sums.total(weights * (mx.log(total) - shifted)[:, 0])
+    if not with_gradient:
+        return [loss]
+    p = exponentials / total
     # The one is subtracted before any rounding to 16 bits.
-    error = mx.put_along_axis(p, targets, mx.take_along_axis(p, targets, -1) - 1, axis=-1)
-    return loss, error
+    return [loss, mx.put_along_axis(p, targets, mx.take_along_axis(p, targets, -1) - 1, axis=-1)]
 
 
-def _pick(values: mx.array, index: mx.array) -> mx.array:
-    return mx.take_along_axis(values, index, axis=-1)[:, 0]
+@cache
+def _exponentials(fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
+    """``exp(z − max)`` in fp32."""
+
+    def exponentials(logits: mx.array, largest: mx.array) -> mx.array:
+        return mx.exp(logits.astype(mx.float32) - largest.astype(mx.float32))
+
+    return partial(mx.compile, shapeless=True)(exponentials) if fused else exponentials
 
 
-def _chunks(total: int, vocabulary: int) -> list[tuple[int, int, mx.Stream]]:
-    """``(start, length, stream)`` of chunks of like length, over the lanes in turn."""
+def _chunks(total: int, vocabulary: int, backend: Backend) -> list[tuple[int, int, mx.Stream]]:
+    """``(start, length, stream)`` of chunks of like length in whole tiles, the lanes in turn."""
     streams = lanes()
-    most = max(MIN_CHUNK, CHUNK_BYTES // (4 * vocabulary) // len(streams))
-    size = -(-total // -(-total // most))
+    most = max(MIN_CHUNK, backend.chunk_bytes // (4 * vocabulary) // len(streams))
+    most = max(1, most // backend.tile) * backend.tile
+    size = backend.rounded_up(-(-total // -(-total // most)))
     return [
         (start, min(size, total - start), streams[i % len(streams)])
         for i, start in enumerate(range(0, total, size))
     ]
-
-
-def _vocabulary(head: nn.Module) -> int:
-    return head.weight.shape[0]
 
 
 def _logits(head: nn.Module, hidden: mx.array) -> mx.array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_tuner.engine.loss import CHUNK_BYTES
+CHUNK_BYTES = 64 * 2**20
 
 SMALLEST, LARGEST = 512, 16_384
 """Bounds of an automatic ``micro_batch_tokens``: fewer starve the GPU, more gain nothing."""

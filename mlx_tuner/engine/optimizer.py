@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_tuner.engine import sums
+
 
 class Shapes:
     """Names and shapes of arrays that are kept as one vector, in the order of their names."""
@@ -56,7 +58,7 @@ def clip(gradient: mx.array, max_norm: float) -> tuple[mx.array, mx.array]:
     Returns:
         The clipped gradient, and its L2 norm from before.
     """
-    norm = mx.sqrt(mx.square(gradient).sum())
+    norm = sums.norm(gradient)
     return gradient * mx.minimum(max_norm / (norm + 1e-6), 1.0), norm
 
 

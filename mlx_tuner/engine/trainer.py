@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_tuner.engine import batching, lora, optimizer
-from mlx_tuner.engine.batching import Example, ShapeTable, Step
+from mlx_tuner.engine.backend import CPU, Backend
+from mlx_tuner.engine.batching import Example, MicroBatch, Step
 from mlx_tuner.engine.forward import (
     Layout,
     PrefixState,
@@ -22,14 +22,8 @@ from mlx_tuner.engine.forward import (
     hidden_at_targets,
     prefix_states,
 )
-from mlx_tuner.engine.loss import linear_cross_entropy
+from mlx_tuner.engine.loss import linear_cross_entropy, linear_cross_entropy_value
 from mlx_tuner.engine.optimizer import State
-
-GROUP_OVERHEAD = 20_000
-"""Attention scores a head that another attention group must save (`batching.group`)."""
-
-ONE_GROUP = 2**40
-"""No saving is worth another group: a compiled shape has one."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +41,9 @@ class StepResult:
     finite: bool
     """False where the loss or gradient was not finite, and the update was left out."""
     seconds: float
-    """All that the step took; what was done between two results is not in it."""
+    """Between the last result and this one; what was done in between is not in it."""
     waited: float
-    """Of them, spent waiting for rows: the first step's, and the next one's while it computed."""
+    """Of them, spent waiting for rows."""
 
 
 class Trainer:
@@ -60,8 +54,7 @@ class Trainer:
         micro_batch_tokens: flat tokens of a forward and backward pass at most.
         seed: of dropout; masks are a function of it and of the step.
         checkpointing: recompute each block in the backward pass.
-        compile: pad micro-batches to a few shapes and compile the pass for each. It pays on a
-            GPU; MLX's CPU backend takes half a minute a shape.
+        backend: the machine's numbers.
     """
 
     def __init__(
@@ -73,7 +66,7 @@ class Trainer:
         max_grad_norm: float = 1.0,
         seed: int = 0,
         checkpointing: bool = False,
-        compile: bool = False,
+        backend: Backend = CPU,
     ) -> None:
         self.model = model
         self.micro_batch_tokens = micro_batch_tokens
@@ -81,17 +74,13 @@ class Trainer:
         self.max_grad_norm = max_grad_norm or math.inf
         self.seed = seed
         self.checkpointing = checkpointing
+        self.backend = backend
         start = lora.trainable(model)
         self.shapes = optimizer.Shapes(start)
         self.state = State.start(self.shapes.flatten(start))
+        lora.number_layers(model)
         self.dropout = any(layer.dropout for layer in lora.adapted_modules(model).values())
         self._gradients = mx.value_and_grad(self._loss, argnums=(0, 1))
-        self._update = self._clip_and_update
-        self._table = None
-        if compile:
-            self._table = ShapeTable()
-            self._compiled = mx.compile(self._gradients)
-            self._update = mx.compile(self._clip_and_update)
 
     @property
     def adapter(self) -> dict[str, mx.array]:
@@ -100,34 +89,30 @@ class Trainer:
 
     def make_micro_batches(self, rows: Sequence[Example]) -> Step:
         """The rows of one step as micro-batches."""
-        compiled = self._table is not None
-        step = batching.make_micro_batches(
+        return batching.make_micro_batches(
             rows,
             self.micro_batch_tokens,
             # With dropout, rows draw masks of their own also for the tokens that they share.
             share_prefix=not self.dropout,
-            prefix_unit=8 if compiled else 1,
-            group_overhead=ONE_GROUP if compiled else GROUP_OVERHEAD,
+            backend=self.backend,
         )
-        if self._table is None:
-            return step
-        return replace(step, micro_batches=tuple(map(self._table.fit, step.micro_batches)))
 
-    def step(self, step: Step, number: int, learning_rate: float) -> tuple[mx.array, ...]:
+    def step(self, step: Step, number: int, learning_rate: float) -> Scalars:
         """One update from the micro-batches of a step, left to be evaluated.
 
         Args:
+            step: where it is empty, nothing is updated.
             number: 0-based; with the seed it decides the dropout masks.
-
-        Returns:
-            Scalars: mean loss, gradient norm before clipping, whether both were finite.
         """
+        if step.empty:
+            return Scalars(mx.zeros(()), mx.zeros(()), mx.array(True))
         loss, gradient = self.sum_of_micro_batches(step, number)
-        targets = mx.array(step.target_tokens, mx.float32)
-        self.state, *results = self._update(
-            self.state, loss / targets, gradient / targets, mx.array(learning_rate, mx.float32)
-        )
-        return tuple(results)
+        loss, gradient = loss / step.target_tokens, gradient / step.target_tokens
+        gradient, norm = optimizer.clip(gradient, self.max_grad_norm)
+        finite = mx.isfinite(loss) & mx.isfinite(norm)
+        new = optimizer.adamw(self.state, gradient, learning_rate, weight_decay=self.weight_decay)
+        self.state = optimizer.choose(finite, new, self.state)
+        return Scalars(loss, norm, finite)
 
     def rehearse(self, rows: Sequence[Example]) -> None:
         """Run a step's largest micro-batch and drop the result: out of memory now or never."""
@@ -142,13 +127,11 @@ class Trainer:
         past = self._prefix_states(step)
         prefix_gradients = tree_map(mx.zeros_like, past)
         losses, total = [], mx.zeros_like(self.state.parameters)
-        for i, batch in enumerate(step.micro_batches):
+        for batch in step.micro_batches:
             outside = past if batch.past else []
             carried = prefix_gradients if batch.prefix else []
-            gradients_of = self._compiled if batch.bucketed else self._gradients
-            (_, loss), (gradients, of_past) = gradients_of(
-                parameters, outside, Layout.of(batch), carried, self._dropout_key(number, i)
-            )
+            layout = self._layout(batch, number)
+            (_, loss), (gradients, of_past) = self._gradients(parameters, outside, layout, carried)
             total = total + self.shapes.flatten(gradients)
             if outside:
                 prefix_gradients = tree_map(mx.add, prefix_gradients, of_past)
@@ -169,7 +152,6 @@ class Trainer:
         past: list[PrefixState],
         layout: Layout,
         prefix_gradients: list[PrefixState],
-        dropout_key: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """What to differentiate, and the micro-batch's summed loss.
 
@@ -178,13 +160,13 @@ class Trainer:
         product of both, whose gradient goes on through the prefix's own computation.
         """
         self._set(parameters)
-        if dropout_key is not None:
-            lora.set_dropout_key(self.model, dropout_key)
-        layout = Layout(*layout)
+        layout = Layout(*layout)  # value_and_grad hands it on as a plain tuple
         hidden, inside = hidden_at_targets(
             self.model, layout, past, checkpointing=self.checkpointing
         )
-        loss = linear_cross_entropy(hidden, head_of(self.model), layout.targets, layout.weights)
+        loss = linear_cross_entropy(
+            hidden, head_of(self.model), layout.targets, layout.weights, backend=self.backend
+        )
         others = mx.zeros(())
         for own, gradients in zip(inside, prefix_gradients, strict=False):
             for a, b in zip(own, gradients, strict=True):
@@ -196,41 +178,48 @@ class Trainer:
         if not len(step.prefix):
             return []
         self._set(self.adapter)
-        return prefix_states(self.model, mx.array(step.prefix))
+        return prefix_states(self.model, mx.array(step.prefix), fused=self.backend.fused)
 
-    def _dropout_key(self, number: int, micro_batch: int) -> mx.array | None:
-        """A function of the seed, the step and the micro-batch, so that no state need be kept."""
-        if not self.dropout:
-            return None
-        seeds = np.random.SeedSequence([self.seed, number, micro_batch])
-        return mx.array(seeds.generate_state(2), mx.uint32)
-
-    def _clip_and_update(
-        self, state: State, loss: mx.array, gradient: mx.array, learning_rate: mx.array
-    ) -> tuple[State, mx.array, mx.array, mx.array]:
-        gradient, norm = optimizer.clip(gradient, self.max_grad_norm)
-        finite = mx.isfinite(loss) & mx.isfinite(norm)
-        new = optimizer.adamw(state, gradient, learning_rate, weight_decay=self.weight_decay)
-        return optimizer.choose(finite, new, state), loss, norm, finite
+    def _layout(self, batch: MicroBatch, number: int) -> Layout:
+        """A micro-batch on the device, with the dropout keys of step ``number``."""
+        keys = None
+        if self.dropout:
+            keys = lora.token_keys(self.seed, number, batch.rows, batch.positions)
+        return Layout.of(batch, self.backend, keys)
 
     def _set(self, parameters: dict[str, mx.array]) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))
 
     def evaluate(self, batches: Iterable[Sequence[Example]]) -> float:
-        """Mean loss over the target tokens of all rows, without dropout."""
+        """Mean loss over the target tokens of all rows, without dropout and gradients."""
         self.model.eval()
-        parameters = self.adapter
+        self._set(self.adapter)
         total, targets = 0.0, 0
         for rows in batches:
-            step = batching.make_micro_batches(rows, self.micro_batch_tokens)
+            step = batching.make_micro_batches(rows, self.micro_batch_tokens, backend=self.backend)
+            if step.empty:
+                continue
             past = self._prefix_states(step)
-            losses = [
-                self._loss(parameters, past if batch.past else [], Layout.of(batch), [])[1]
-                for batch in step.micro_batches
-            ]
+            losses = []
+            for batch in step.micro_batches:
+                layout = Layout.of(batch, self.backend)
+                hidden, _ = hidden_at_targets(self.model, layout, past if batch.past else [])
+                head, wanted = head_of(self.model), (layout.targets, layout.weights)
+                loss = linear_cross_entropy_value(hidden, head, *wanted, backend=self.backend)
+                losses.append(loss)
+                mx.async_eval(loss)
             total += float(mx.stack(losses).sum().item())
             targets += step.target_tokens
-        return total / targets
+        return total / targets if targets else math.nan
+
+
+class Scalars(NamedTuple):
+    """What a step tells of itself, still to be computed."""
+
+    loss: mx.array
+    grad_norm: mx.array
+    """From before clipping."""
+    finite: mx.array
 
 
 def train(
@@ -239,11 +228,17 @@ def train(
     learning_rates: Iterable[float],
     *,
     first_step: int = 0,
+    pause_after: Callable[[int], bool] = lambda steps: False,
 ) -> Iterator[StepResult]:
     """One optimizer step for each batch of rows, its result after it is done.
 
-    Between two results the trainer's state is that of a finished step: save, evaluate, stop. The
-    rows of one more step are taken then already.
+    While a step is computed, the next one is sent to the device and the rows of the one after are
+    taken, so that the device has no pause. Between two results the trainer's state is that of the
+    step whose result was last: save, evaluate, stop.
+
+    Args:
+        pause_after: whether the device is to be idle while a result is handed out, by how many
+            steps are then done: where something else is to be computed, and timed, in between.
     """
     clock = _Clock()
     ahead = (
@@ -251,27 +246,35 @@ def train(
         for learning_rate, rows in zip(learning_rates, clock.waiting_for(batches), strict=False)
     )
     upcoming = next(ahead, None)
-    for number in count(first_step):
-        if upcoming is None:
-            return
+    number = first_step
+    under_way: list[tuple[Step, float, Scalars, State]] = []
+    while upcoming is not None:
         learning_rate, step = upcoming
-        loss, norm, finite = trainer.step(step, number, learning_rate)
-        mx.async_eval(loss, norm, finite, trainer.state)
-        upcoming = next(ahead, None)  # cut while this step is computed
-        mx.eval(loss, norm, finite, trainer.state)
-        seconds, waited = clock.lap()
-        yield StepResult(
-            loss=float(loss.item()),
-            grad_norm=float(norm.item()),
-            learning_rate=learning_rate,
-            rows=step.rows,
-            tokens=step.tokens,
-            target_tokens=step.target_tokens,
-            finite=bool(finite.item()),
-            seconds=seconds,
-            waited=waited,
-        )
-        clock.lap()  # what happens between two steps is neither's
+        scalars = trainer.step(step, number, learning_rate)
+        mx.async_eval(scalars, trainer.state)
+        under_way.append((step, learning_rate, scalars, trainer.state))
+        number += 1
+        upcoming = next(ahead, None)  # laid out while this step is computed
+        newest = trainer.state
+        while len(under_way) > 1 or (
+            under_way and (upcoming is None or pause_after(number - len(under_way) + 1))
+        ):
+            step, learning_rate, (loss, norm, finite), trainer.state = under_way.pop(0)
+            mx.eval(loss, norm, finite, trainer.state)
+            seconds, waited = clock.lap()
+            yield StepResult(
+                loss=float(loss.item()),
+                grad_norm=float(norm.item()),
+                learning_rate=learning_rate,
+                rows=step.rows,
+                tokens=step.tokens,
+                target_tokens=step.target_tokens,
+                finite=bool(finite.item()),
+                seconds=seconds,
+                waited=waited,
+            )
+            clock.lap()  # what happens between two results is neither's
+        trainer.state = newest
 
 
 class _Clock:
