@@ -19,7 +19,8 @@ from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.adapter_folder import read_adapter
-from mlx_tuner.models.model import dtype_of
+from mlx_tuner.models.answers import prompt_tokens
+from mlx_tuner.models.model import Loaded, dtype_of
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import DataTable, Recipe
 from mlx_tuner.system import cache, device
@@ -111,6 +112,20 @@ def row_order(recipe: Recipe, rows: int, first_step: int, steps: int) -> Iterato
             yield Permutation(recipe.train.seed, epoch, rows).slice(first, last).tolist()
         else:
             yield range(first, last)
+
+
+def sample_prompts(recipe: Recipe, loaded: Loaded) -> list[list[int]]:
+    """The recipe's prompts as the model is asked them, token ids.
+
+    Raises:
+        ModelError: there are some, and the model has no chat template.
+    """
+    system = recipe.data.system_prompt
+    before = [{"role": "system", "content": system}] if system else []
+    return [
+        prompt_tokens(loaded.tokenizer, [*before, {"role": "user", "content": prompt}], loaded.path)
+        for prompt in recipe.sample.prompts
+    ]
 
 
 def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -> None:

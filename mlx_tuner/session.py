@@ -24,6 +24,7 @@ from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter import Adapter
 from mlx_tuner.models.adapter_config import ALL_LAYERS
 from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.answers import answer_all
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.checkpoints import Checkpoint
@@ -36,6 +37,7 @@ from mlx_tuner.runs.metrics import (
     EvalRecord,
     Facts,
     Meter,
+    Sample,
     Summary,
     summarise,
 )
@@ -106,6 +108,9 @@ class Session:
     learning_rates: list[float]
     identity: Identity
     pulse: Pulse
+    tokenizer: Any
+    prompts: list[list[int]]
+    """The recipe's sample prompts as token ids."""
     progress: Progress = field(default_factory=Progress)
 
     def run_all(self) -> Summary:
@@ -160,7 +165,9 @@ class Session:
             self.progress.restarts = self.pulse.restarts
         self.pulse.restarted(self.progress.restarts)
         self.pulse.started(self.trainer.micro_batch_tokens)
-        self.display.start(self._facts, first_step=self.progress.step)
+        self.display.start(
+            self._facts, first_step=self.progress.step, restarts=self.progress.restarts
+        )
         for reason in self.run.rejected:
             self.display.note(reason)
         if self.progress.step:
@@ -239,6 +246,7 @@ class Session:
     def _look(self) -> None:
         """Evaluate, and refresh what a person looks at while the run goes on."""
         self._evaluate()
+        self._answer()
         meter = self.progress.meter
         drawing = meter.other_seconds.get("drawing", 0.0)
         if self.progress.step and drawing <= DRAWING_SHARE * meter.elapsed_seconds:
@@ -262,6 +270,22 @@ class Session:
             self._publish()
         elif progress.step > 0:
             progress.evaluations_since_best += 1
+
+    def _answer(self) -> None:
+        """Answer the recipe's prompts with the adapter as it is now; the first time, the base's."""
+        asked, meter = self.recipe.sample, self.progress.meter
+        if not self.prompts:
+            return
+        with self.display.task("answering the prompts"), meter.timing("answering"):
+            model = self.trainer.tuned()
+            answers = answer_all(model, self.tokenizer, self.prompts, asked.max_tokens)
+            self.pulse.beat()
+        for prompt, answer in zip(asked.prompts, answers, strict=True):
+            sample = Sample(
+                step=self.progress.step, prompt=prompt, answer=answer.text, stopped=answer.stopped
+            )
+            self.run.append_sample(sample)
+            self.display.sample(sample)
 
     def _beating(self, batches: Iterator[list[Example]]) -> Iterator[list[Example]]:
         for examples in batches:

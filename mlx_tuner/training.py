@@ -82,7 +82,10 @@ def finetune(
                 pulse.started(trainer.micro_batch_tokens)
                 rehearse(trainer, data.train, recipe.train.batch_size)
             run.require_space(checkpoint_bytes(trainer))
-            session = Session(recipe, run, display, trainer, data, rates, same, pulse)
+            asked = assembly.sample_prompts(recipe, loaded)
+            session = Session(
+                recipe, run, display, trainer, data, rates, same, pulse, loaded.tokenizer, asked
+            )
             if kept:
                 session.progress = restore(trainer, kept)
                 if session.is_finished():

@@ -17,7 +17,6 @@ from mlx_tuner.commands.evaluate import (
     Evaluation,
     Question,
     Side,
-    answer_all,
     evaluate,
     is_python,
     questions,
@@ -26,6 +25,7 @@ from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.errors import DataError, UsageError
 from mlx_tuner.models.adapter import write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.answers import Answer, answer_all
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.show.progress import Display
 
@@ -137,7 +137,7 @@ def test_an_answer_that_ends_within_the_limit_has_stopped(limit, ended):
     assert tokenizer.eos_token_ids == {2037, 2039}
     # The end comes as the second, the sixth and the 37th token.
     asked = [Question([7, start], "") for start in (2035, 2031, 2000)]
-    answers = answer_all(Counting(), tokenizer, asked, limit)
+    answers = answer_all(Counting(), tokenizer, [q.prompt for q in asked], limit)
     assert [answer.stopped for answer in answers] == [True] * ended + [False] * (3 - ended)
     whole = [2036], [*range(2032, 2037)], [*range(2001, 2037)]
     assert [a.text for a in answers] == [tokenizer.decode(ids[:limit]) for ids in whole]
@@ -150,7 +150,7 @@ def test_answers_side_by_side_are_mlx_lms_one_by_one(model_type, root, tmp_path)
     rows = open_dataset(root / "data" / "python_valid.jsonl", tokenizer, max_seq_length=512)
     asked = questions(tokenizer, rows.examples(range(3)))
     limit = 60 if model_type == "builtin" else 12
-    found = answer_all(model, tokenizer, asked, limit)
+    found = answer_all(model, tokenizer, [q.prompt for q in asked], limit)
     for question, answer in zip(asked, found, strict=True):
         alone = list(mlx_lm.stream_generate(model, tokenizer, question.prompt, max_tokens=limit))
         stopped = alone[-1].finish_reason == "stop"
@@ -254,8 +254,8 @@ def test_shares_are_of_the_answers_that_count(base, adapted, tmp_path, monkeypat
     sides = iter(made.values())
 
     def answer(model, tokenizer, asked, max_tokens):
-        assert ([question.answer for question in asked], max_tokens) == (references, 9)
-        return [evaluating.Answer(*each) for each in next(sides)]
+        assert (len(asked), max_tokens) == (3, 9)
+        return [Answer(*each) for each in next(sides)]
 
     monkeypatch.setattr(evaluating, "answer_all", answer)
     found = evaluated(adapted, data=str(file), max_tokens=9)

@@ -1,5 +1,6 @@
 """A whole run on the built-in model: its files, its numbers, and that it can be stopped."""
 
+import html
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_tuner import assembly, session, training
+from mlx_tuner.commands.generate import answer, load
 from mlx_tuner.errors import DataError, ModelError, RecipeError, RunError, UsageError
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.tables import load_recipe, parse_recipe
@@ -41,6 +43,9 @@ warmup_steps = 2
 log_every = 2
 eval_every = 3
 save_every = 2
+[sample]
+prompts = ["Write a function that adds two numbers."]
+max_tokens = 12
 """
 
 
@@ -70,6 +75,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
         "metrics.jsonl",
         "summary.json",
         "report.html",
+        "samples.jsonl",
         "loss.png",
         "grad_norm.png",
         "checkpoints",
@@ -83,6 +89,18 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
         "state.json",
         "MANIFEST.json",
     }
+
+
+def test_prompts_are_answered_by_the_base_and_at_each_evaluation(finished):
+    path, summary = finished
+    samples = runs.read_samples(path)
+    assert [sample.step for sample in samples] == [0, 3, 6, 9]
+    assert samples[-1].answer != samples[0].answer
+    loaded = load(str(path))
+    asked = [{"role": "user", "content": samples[0].prompt}]
+    by_hand = "".join(answer(loaded, asked, max_tokens=12, temperature=0.0))
+    assert by_hand == next(s.answer for s in samples if s.step == summary.best_step)
+    assert all(s.answer[:40] in html.unescape((path / "report.html").read_text()) for s in samples)
 
 
 def test_metrics_come_at_the_recipes_intervals(finished):

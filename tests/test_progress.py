@@ -1,18 +1,19 @@
 """progress.py: a live display on a terminal, plain lines elsewhere, never a reason to stop."""
 
 import io
+import math
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-from run_records import FACTS, train_record
+from run_records import FACTS, evaluation, train_record
 
 from mlx_tuner.engine.trainer import StepResult
-from mlx_tuner.runs.metrics import EvalRecord
+from mlx_tuner.runs.metrics import EvalRecord, Sample
 from mlx_tuner.show import progress
-from mlx_tuner.show.progress import Display
+from mlx_tuner.show.progress import Display, sparkline
 
 
 def start(display: Display, steps: int = 39, first_step: int = 0) -> None:
@@ -91,12 +92,52 @@ def test_on_a_terminal_a_bar_shows_loss_speeds_and_what_is_left(terminal):
         display._live.refresh()
         display.record(train_record(13, 1.0))
     text = plain(terminal.getvalue())
-    assert "codealpaca  ━" in text
-    assert "13/39  33 %" in text
+    assert "13/39 33 %" in text
     assert " left" in text
     # 13 × 8 rows and 13 × 800 tokens in 13 × 2 s
-    assert "loss 1.2000  grad norm 0.500  LR 2e-4  4 samples/s  400 tokens/s" in text
+    lines = [" ".join(line.strip("│ ").split()) for line in text.splitlines()]
+    assert {"grad norm 0.500 LR 2e-4", "speed 4 samples/s 400 tokens/s"} <= set(lines)
     assert "step 13/39  epoch 1.30  loss 1.0000" in text
+
+
+def test_the_panel_has_the_best_validation_the_real_memory_and_restarts(terminal):
+    with Display(terminal) as display:
+        display.start(FACTS, first_step=19, restarts=2)
+        display.step(STEP)
+        display.record(train_record(20, 1.0))
+        display.record(evaluation(20, 0.91), best=True)
+        display.record(evaluation(30, 0.93))
+        terminal.truncate(0)
+        display._live.refresh()
+    lines = [" ".join(line.strip("│ ").split()) for line in plain(terminal.getvalue()).splitlines()]
+    assert "validation 0.9300 ★ best 0.9100 at step 20" in lines
+    assert "memory 6.10 GB active and cached 5.40 GB at most" in lines
+    assert "restarts 2" in lines
+
+
+def test_the_small_curve_goes_from_highest_to_lowest_and_keeps_to_its_width():
+    assert sparkline([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1.0, math.nan, 1.0]) == "▁▁"
+    assert sparkline([float(n) for n in range(960)])[::47] == "▁█"
+    assert len(sparkline([1.0] * 961)) <= 48
+
+
+def test_an_answer_is_a_line_and_a_long_one_is_cut(capsys):
+    with Display() as display:
+        display.sample(Sample(step=1, prompt="Why?", answer="Because\n\nit is.", stopped=True))
+        display.sample(Sample(step=1, prompt="Why?", answer="no " * 1000, stopped=False))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "  Why? → Because it is."
+    assert second.endswith("no n …")
+    assert len(second) < 450
+
+
+def test_quiet_shows_nothing(capsys):
+    with Display(quiet=True) as display:
+        start(display)
+        display.record(evaluation(0, 1.0))
+        display.note("something")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_time_left_is_that_of_the_latest_steps(terminal, monkeypatch):
@@ -107,7 +148,7 @@ def test_the_time_left_is_that_of_the_latest_steps(terminal, monkeypatch):
     for number in range(1, 31):
         now += 50.0 if number <= 10 else 3.0  # the first steps are slow
         display.step(STEP)
-    assert display._seconds_left() == 70 * 3.0
+    assert display._training.seconds_left == 70 * 3.0
 
 
 def test_tasks_show_a_bar_or_a_spinner_while_they_last(terminal):
@@ -121,7 +162,7 @@ def test_tasks_show_a_bar_or_a_spinner_while_they_last(terminal):
         display._live.refresh()
         after = plain(terminal.getvalue()[before:])
     text = plain(terminal.getvalue())
-    assert "50/200  25 %" in text
+    assert "50/200" in text
     assert "Loading the model" in text
     assert "Loading" not in after
 
@@ -152,7 +193,7 @@ def test_a_task_ends_with_an_exception_too(terminal):
     with Display(terminal) as display:
         with pytest.raises(ZeroDivisionError), display.task("Loading"):
             raise ZeroDivisionError
-        assert display._tasks == []
+        assert display._bars.tasks == []
 
 
 def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     help="Resume with another length, learning_rate, eval_every or early_stopping_patience.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as plan does.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end.")
 def run(
     recipe: Path,
@@ -39,6 +40,7 @@ def run(
     overwrite: bool,
     allow_change: bool,
     dry_run: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Train what RECIPE, a file or a shipped name, says: adapter, metrics, plots and summary."""
@@ -56,7 +58,7 @@ def run(
     from mlx_tuner.show.report import report
     from mlx_tuner.training import finetune
 
-    with Display() as display:
+    with Display(quiet=quiet) as display:
         summary = finetune(
             loaded,
             run_dir,

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.generate import batch_generate
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -32,6 +30,7 @@ from mlx_tuner.errors import Fault, TunerError, UsageError
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.answers import answer_all
 from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs.place import RECIPE
@@ -165,7 +164,7 @@ def evaluate(
             with display.task(f"measuring the {name} model", len(rows)) as advance:
                 targets, loss = _loss(trainer, rows, advance)
             with display.task(f"answering with the {name} model"):
-                answers = answer_all(loaded.model, tokenizer, asked, max_tokens)
+                answers = answer_all(loaded.model, tokenizer, [q.prompt for q in asked], max_tokens)
             python = [is_python(a.text) for a, due in zip(answers, in_python, strict=True) if due]
             sides[name] = Side(loss, _share([a.stopped for a in answers]), _share(python))
     return Evaluation(
@@ -243,15 +242,6 @@ class Question:
     answer: str
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said."""
-
-    text: str
-    stopped: bool
-    """By an end-of-sequence token, not by the limit."""
-
-
 def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
     """The examples that have an answer to give: where the last assistant's turn begins.
 
@@ -272,21 +262,6 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
                 found.append(Question([*tokens[: i + 1], *header], answer))
                 break
     return found
-
-
-def answer_all(
-    model: nn.Module, tokenizer: Any, asked: Sequence[Question], max_tokens: int
-) -> list[Answer]:
-    """The likeliest answer to each question; mlx-lm answers them side by side."""
-    if not asked:
-        return []
-    model.eval()
-    prompts = [question.prompt for question in asked]
-    made = batch_generate(
-        model, tokenizer, prompts, max_tokens=max_tokens, return_token_ids=True
-    ).token_ids
-    # The token that ends an answer is not among its tokens.
-    return [Answer(tokenizer.decode(tokens), len(tokens) < max_tokens) for tokens in made]
 
 
 def is_python(answer: str) -> bool:

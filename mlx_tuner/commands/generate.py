@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_tuner.errors import Fault, ModelError, UsageError, first_line
+from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.models import adapter, adapter_config
 from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.answers import Message, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.models.model import Loaded
-
-Message = dict[str, Any]
 
 
 def load(name: str, *, base: bool = False, model: str | None = None) -> Loaded:
@@ -55,20 +53,9 @@ def answer(
     Raises:
         ModelError: the model has no chat template, or it refuses the messages.
     """
-    prompt = _prompt(loaded, messages)
+    prompt = prompt_tokens(loaded.tokenizer, messages, loaded.path)
     sampler = make_sampler(temp=temperature)
     for response in mlx_lm.stream_generate(
         loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
     ):
         yield response.text
-
-
-def _prompt(loaded: Loaded, messages: list[Message]) -> list[int]:
-    if not loaded.tokenizer.has_chat_template:
-        what = "missing from the tokenizer; take an instruct model"
-        raise ModelError(Fault(str(loaded.path), "chat_template", what))
-    try:
-        return loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    except Exception as error:  # the template is the model's code, and may fail in any way
-        what = f"refuses these messages: {first_line(error)}"
-        raise ModelError(Fault(str(loaded.path), "chat_template", what)) from None

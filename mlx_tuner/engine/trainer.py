@@ -190,6 +190,11 @@ class Trainer:
     def _set(self, parameters: dict[str, mx.array]) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))
 
+    def tuned(self) -> nn.Module:
+        """The model with its factors as they are now, without dropout: to answer with."""
+        self._set(self.adapter)
+        return self.model.eval()
+
     def evaluate(self, batches: Iterable[Sequence[Example]]) -> float:
         """Mean loss over the target tokens of all rows, without dropout and gradients."""
         self.model.eval()

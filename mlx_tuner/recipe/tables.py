@@ -1,4 +1,4 @@
-"""What to train: a recipe's four tables, read from TOML and written back as TOML that runs again.
+"""What to train: a recipe's tables, read from TOML and written back as TOML that runs again.
 
 Each option is declared once, with its unit and its bounds. All faults of a recipe are reported
 together, each with its file, line and key.
@@ -165,11 +165,19 @@ class TrainTable(_Table):
     seed: int = Field(42, ge=0, lt=2**32, description="of order, dropout and initial weights")
 
 
+class SampleTable(_Table):
+    """Prompts that are answered while training, so that a person sees what is learnt."""
+
+    prompts: list[str] = Field([], description="answered at each evaluation")
+    max_tokens: int = Field(200, ge=1, le=1_000_000, description="of an answer")
+
+
 TABLES: dict[str, type[_Table]] = {
     "model": ModelTable,
     "data": DataTable,
     "lora": LoraTable,
     "train": TrainTable,
+    "sample": SampleTable,
 }
 _LENGTHS = ("epochs", "max_steps")  # of [train], exactly one is given
 _EXAMPLE = 'lora.target_modules=["q_proj", "v_proj"]'
@@ -187,6 +195,7 @@ class Recipe:
     data: DataTable
     lora: LoraTable
     train: TrainTable
+    sample: SampleTable
 
     def to_toml(self) -> str:
         """The recipe with every default written out: it parses to an equal recipe."""

@@ -12,7 +12,9 @@ from mlx_tuner.words import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ASCII = str.maketrans("╭╮╰╯─│┤└·●★→–−×✓✗━╸╺…“”’█▉▊▋▌▍▎▏⟦⟧", "..''-||+.o*>--x+x---.\"\"'########[]")
+_ASCII = str.maketrans(
+    "╭╮╰╯─│┤└·●★→–−×✓✗━╸╺…“”’▁▂▃▄▅▆▇█▉▊▋▌▍▎▏⟦⟧", "..''-||+.o*>--x+x---.\"\"'_.,-~=+########[]"
+)
 """What a terminal that knows only ASCII gets, character for character, so that columns stay."""
 
 
