@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
-from mlx_tuner.system import device
+from mlx_tuner.system import blas, device
 
 __all__ = [
     "Measures",
@@ -82,7 +82,7 @@ def child(
     OpenBLAS is preloaded where it is installed. A child that fails stops the benchmark.
     """
     argv = [sys.executable, str(script or Path(sys.argv[0]).resolve()), *arguments]
-    environ = device.blas_environment({**os.environ, **(environ or {})})
+    environ = blas.environment({**os.environ, **(environ or {})})
 
     def run() -> Measures:
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def preload_openblas() -> None:
 
     Call it first: then the figures measured here, too, and the recorded machine have it.
     """
-    environ = device.blas_environment(os.environ)
+    environ = blas.environment(os.environ)
     if environ != dict(os.environ):
         os.execve(sys.executable, sys.orig_argv, environ)
 

@@ -24,6 +24,7 @@ def finetune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_change: bool = False,
     progress: bool = False,
 ) -> Finished:
     """Train what the recipe says, in this process, as `mlx-tune run` does.
@@ -31,7 +32,8 @@ def finetune(
     Args:
         run_dir: of the run; by default `adapters/` and the recipe's name.
         resume: go on from the newest checkpoint of the run there.
-        overwrite: replace the run there.
+        overwrite: replace the run there, once this one has a checkpoint.
+        allow_change: resume with another length, learning rate, eval_every or patience.
         progress: show it on standard error.
 
     Raises:
@@ -40,7 +42,9 @@ def finetune(
     """
     run = Path("adapters") / recipe.name if run_dir is None else Path(run_dir)
     with Display(None if progress else StringIO()) as display:
-        summary = training.finetune(recipe, run, display, resume=resume, overwrite=overwrite)
+        summary = training.finetune(
+            recipe, run, display, resume=resume, overwrite=overwrite, allow_change=allow_change
+        )
     return Finished(**dict(summary), run=run)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 
@@ -259,38 +258,6 @@ def test_other_backends_keep_their_limits() -> None:
     before = dict(core.now)
     with device.limits(FakeLinux({}), core):
         assert core.now == before
-
-
-MAPS = "7f00-7f01 r--p 0000 00:00 12 /{}\n"
-
-
-def test_openblas_is_found_where_it_is_mapped() -> None:
-    path = "usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblasp-r0.3.21.so"
-    assert device.blas(FakeLinux({"/proc/self/maps": MAPS.format(path)})).loaded == f"/{path}"
-
-
-def test_the_openblas_inside_numpy_does_not_count() -> None:
-    maps = MAPS.format("lib/python3/site-packages/numpy.libs/libscipy_openblas64_-99b71e71.so")
-    assert device.blas(FakeLinux({"/proc/self/maps": maps})).loaded is None
-
-
-def _installed(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
-    return "/usr/lib/x86_64-linux-gnu/libopenblas.so.0"
-
-
-def test_an_installed_openblas_is_preloaded_into_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _installed(monkeypatch)
-    environ: dict[str, Any] = {"LD_PRELOAD": "/other.so", "HOME": "/"}
-    child = device.blas_environment(environ, FakeLinux({path: ""}))
-    assert child == {"LD_PRELOAD": f"{path}:/other.so", "HOME": "/"}
-    assert device.blas_environment(environ, FakeLinux({})) == environ
-    assert device.blas_environment(child, FakeLinux({path: ""})) == child
-
-
-def test_a_gpu_needs_no_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _installed(monkeypatch)
-    assert device.blas_environment({}, FakeLinux({path: ""}, "cuda")) == {}
 
 
 def test_a_matrix_product_has_a_measurable_speed() -> None:

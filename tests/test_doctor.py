@@ -37,20 +37,19 @@ def test_this_machine_can_train() -> None:
     assert _find(report, "mlx").level == "ok"
 
 
-def test_an_unused_openblas_comes_with_the_line_that_uses_it(
+def test_an_unused_openblas_comes_with_the_line_that_lets_it_be_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     finding = _find(doctor.examine(Linux({OPENBLAS: ""})), "OpenBLAS")
     assert finding.level == "missing"
     assert "40 times" in finding.what
-    assert finding.advice == f"export LD_PRELOAD={OPENBLAS}"
+    assert finding.advice == "unset MLX_TUNE_NO_PRELOAD"
 
 
 def test_a_missing_openblas_comes_with_its_package() -> None:
     finding = _find(doctor.examine(Linux({})), "OpenBLAS")
     assert "libopenblas0-pthread" in finding.advice
-    assert "LD_PRELOAD" in finding.advice
 
 
 def test_a_preloaded_openblas_is_fine() -> None:

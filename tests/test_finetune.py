@@ -189,16 +189,22 @@ def test_a_run_that_is_resumed_ends_bit_for_bit_as_if_never_stopped(finished, ro
 def stop_after(root, path, steps):
     """Run with a SIGTERM that comes in the given step."""
     recipe = recipe_of(root)
-    code = (
-        "import os, signal, sys\n"
-        "from mlx_tuner import cli, session\n"
+    child = (
+        "import os, signal\n"
+        "from mlx_tuner import session\n"
         "steps = session.train\n"
         "def train(*args, **kwargs):\n"
         "    for i, result in enumerate(steps(*args, **kwargs), 1):\n"
         f"        if i == {steps}: os.kill(os.getpid(), signal.SIGTERM)\n"
         "        yield result\n"
         "session.train = train\n"
-        f"cli.main(['run', {str(path.parent / 'small.toml')!r}, '--run-dir', {str(path)!r}])\n"
+    )
+    arguments = ["run", str(path.parent / "small.toml"), "--run-dir", str(path)]
+    code = (
+        "from mlx_tuner import cli\n"
+        "from mlx_tuner.runs import supervisor\n"
+        f"supervisor._CHILD = {child!r} + supervisor._CHILD\n"
+        f"cli.main({arguments!r})\n"
     )
     (path.parent / "small.toml").write_text(recipe.to_toml())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

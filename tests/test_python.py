@@ -69,7 +69,7 @@ def test_an_error_is_an_exception_with_the_commands_text(finished, tmp_path: Pat
     wrong.write_text('[model]\npath = "builtin:tiny-qwen"\n[lora]\nr = 8\n')
     with pytest.raises(RecipeError) as caught:
         mlx_tuner.load_recipe(wrong)
-    said = CliRunner().invoke(main, ["run", str(wrong)]).stderr.splitlines()
+    said = CliRunner().invoke(main, ["plan", str(wrong)]).stderr.splitlines()
     assert [f"mlx-tune: error: {line}" for line in str(caught.value).splitlines()] == said
     with pytest.raises(UsageError, match="--overwrite"):
         mlx_tuner.finetune(mlx_tuner.load_recipe("quickstart", overrides=STEPS), finished.run)

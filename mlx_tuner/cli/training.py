@@ -12,8 +12,10 @@ import click
 
 from mlx_tuner.cli.faults import print_faults
 from mlx_tuner.cli.options import json_option, recipe_options, set_option
-from mlx_tuner.errors import UsageError
-from mlx_tuner.show.terminal import console
+from mlx_tuner.errors import TunerError, UsageError
+from mlx_tuner.runs import place, pulse
+from mlx_tuner.runs.supervisor import supervise
+from mlx_tuner.show.terminal import console, safe
 
 if TYPE_CHECKING:
     from mlx_tuner.recipe.tables import Recipe
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Resume with another length, learning_rate, eval_every or early_stopping_patience.",
 )
+@click.option("--no-restart", is_flag=True, help="Do not start training again that has died.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as plan does.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end.")
@@ -39,20 +42,62 @@ def run(
     resume: bool,
     overwrite: bool,
     allow_change: bool,
+    no_restart: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Train what RECIPE, a file or a shipped name, says: adapter, metrics, plots and summary."""
-    from mlx_tuner.recipe.tables import load_recipe
-
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; give one")
-    loaded = load_recipe(recipe, overrides)
     if dry_run:
-        _plan(loaded, as_json)
+        from mlx_tuner.recipe.tables import load_recipe
+
+        _plan(load_recipe(recipe, overrides), as_json)
         return
-    run_dir = run_dir or Path("adapters") / loaded.name
+    run_dir = run_dir or place.default_folder(recipe)
+    if (own := pulse.take_over()) is None:
+        flags = [("--allow-change", allow_change), ("--json", as_json), ("--quiet", quiet)]
+        arguments = [
+            str(recipe),
+            f"--run-dir={run_dir}",
+            *(f"--set={override}" for override in overrides),
+            *(flag for flag, given in flags if given),
+        ]
+        claim = place.Claim(run_dir, resume=resume, overwrite=overwrite)
+        try:
+            code = supervise(claim, arguments, resume=resume, restart=not no_restart, say=_say)
+        finally:
+            claim.release()
+        sys.exit(code)
+    try:
+        _train(recipe, overrides, run_dir, own, resume, allow_change, quiet, as_json)
+    except TunerError:
+        raise
+    except Exception as error:  # of MLX, the system, or a fault of ours: the parent tells of it
+        sys.exit(own.crashed(error))
+
+
+def _say(line: str) -> None:
+    """A line of the parent's, below whatever its child has left on the terminal."""
+    clean = "\r\033[K\033[?25h" if sys.stderr.isatty() else ""
+    click.echo(f"{clean}mlx-tune: {line}", file=safe(sys.stderr))
+
+
+def _train(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    run_dir: Path,
+    own: pulse.Pulse,
+    resume: bool,
+    allow_change: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """What the child does."""
+    from mlx_tuner.recipe.tables import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
     from mlx_tuner.runs.run import read_records
     from mlx_tuner.show.progress import Display
     from mlx_tuner.show.report import report
@@ -64,8 +109,9 @@ def run(
             run_dir,
             display,
             resume=resume,
-            overwrite=overwrite,
+            overwrite=not resume,  # the parent's claim has looked whether that is asked for
             allow_change=allow_change,
+            pulse=own,
         )
     if as_json:
         click.echo(json.dumps(summary.to_json(), indent=2))

@@ -143,20 +143,20 @@ def _memory(machine: Machine, budget: int) -> Iterator[Finding]:
 
 
 def _cpu_backend(probe: Probe) -> Iterator[Finding]:
-    from mlx_tuner.system import device
+    from mlx_tuner.system import blas
 
     if probe.system == "Linux":
-        found = device.blas(probe)
-        library = found.available or "/usr/lib/x86_64-linux-gnu/libopenblas.so.0"
-        preload = f"export LD_PRELOAD={library}"
+        found = blas.find(probe)
         slow = "MLX's wheel links the reference BLAS; OpenBLAS is about 40 times faster in fp32"
         if found.loaded:
-            yield Finding("ok", "OpenBLAS", found.loaded)
+            yield Finding("ok", "OpenBLAS", f"{found.loaded}, preloaded by each command")
         elif found.available:
-            yield Finding("missing", "OpenBLAS", f"installed, not used: {slow}", preload)
+            yield Finding(
+                "missing", "OpenBLAS", f"installed, not used: {slow}", f"unset {blas.OFF}"
+            )
         else:
             install = "sudo apt-get install libopenblas0-pthread"
-            yield Finding("missing", "OpenBLAS", f"not installed: {slow}", f"{install}\n{preload}")
+            yield Finding("missing", "OpenBLAS", f"not installed: {slow}", install)
     compiler = probe.which("g++")
     what = compiler or "missing: only `mx.compile` on the CPU backend needs it; runs here do not"
     yield Finding("ok" if compiler else "note", "g++", what)

@@ -73,6 +73,12 @@ class Claim:
         self.descriptor = -1
 
 
+def default_folder(recipe: Path) -> Path:
+    """Where a run of a recipe goes; the recipe itself need not be there."""
+    name = recipe.absolute().parent.name if recipe.stem == "recipe" else recipe.stem
+    return Path("adapters") / name
+
+
 def is_run(path: Path) -> bool:
     """Whether `path` has what every run has from its start."""
     return any((path / name).exists() for name in (RECIPE, METRICS, PREVIOUS, RETURNING))

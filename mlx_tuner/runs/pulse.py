@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+
+from mlx_tuner.errors import first_line
 
 VARIABLE = "MLX_TUNE_SUPERVISED"
 """Environment variable that makes `mlx-tune run` train in this process (`Handover`)."""
 
+_PR_SET_PDEATHSIG = 1
 CRASHED = 70
 """Exit code of a training process that met an error which is nobody's input's."""
 
@@ -45,6 +50,10 @@ class Pulse:
         self.lock = handover.lock if handover else None
         self.restarts = handover.restarts if handover else None
 
+    def begun(self) -> None:
+        """Say that this process runs, and will tell what goes wrong."""
+        self._tell("begun")
+
     def started(self, micro_batch_tokens: int) -> None:
         """Say what a forward pass takes at most: half of it is tried where memory ends."""
         self._tell(f"started {micro_batch_tokens}")
@@ -61,9 +70,12 @@ class Pulse:
         """Say that a checkpoint is on the disk."""
         self._tell(f"saved {step}")
 
-    def crashed(self, message: str) -> None:
-        """Say what ended this process."""
-        self._tell(f"crashed {' '.join(message.split())[:2000]}")
+    def crashed(self, error: Exception) -> int:
+        """Say what ended this process, its traceback where the supervisor reads; the exit code."""
+        with suppress(OSError):
+            os.write(2, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+        self._tell(f"crashed {first_line(error)[:2000]}")
+        return CRASHED
 
     def _tell(self, line: str) -> None:
         if self._pipe is not None:
@@ -83,10 +95,16 @@ def take_over() -> Pulse | None:
         os.set_inheritable(descriptor, False)
     sys.stderr = os.fdopen(handover.terminal, "w", buffering=1, errors="backslashreplace")
     threading.Thread(target=_end_with, args=(handover.alive,), daemon=True).start()
-    import faulthandler
+    if sys.platform == "linux":
+        import ctypes
 
+        # The thread needs the interpreter, which a kernel that hangs may hold.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.enable(2)
-    return Pulse(handover)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is to be saved before the first step
+    pulse = Pulse(handover)
+    pulse.begun()
+    return pulse
 
 
 def _end_with(alive: int) -> None:

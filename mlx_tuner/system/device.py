@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlx_tuner.system import blas
+
 Backend = Literal["metal", "cuda", "cpu"]
 
 BUDGET_FRACTION = 0.9
@@ -61,13 +63,6 @@ _CHIPS: Mapping[str, tuple[float, tuple[tuple[int, int], ...]]] = {
 
 _THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 _PRESSURE_LEVELS = {"1": "normal", "2": "warning", "4": "critical"}
-_OPENBLAS_FILES = (
-    "/usr/lib/{arch}-linux-gnu/libopenblas.so.0",
-    "/usr/lib64/libopenblasp.so.0",
-    "/usr/lib64/libopenblas.so.0",
-    "/usr/lib/libopenblas.so.0",
-    "/usr/lib/libopenblas.so",
-)
 
 
 class Probe:
@@ -118,16 +113,6 @@ class Probe:
     def physical_memory(self) -> int:
         """RAM in bytes."""
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@dataclass(frozen=True)
-class Blas:
-    """OpenBLAS for MLX's CPU backend on Linux, whose wheel links the slow reference BLAS."""
-
-    loaded: str | None
-    """The OpenBLAS library that this process runs with."""
-    available: str | None
-    """One that is installed and could be preloaded."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +175,7 @@ def facts(probe: Probe | None = None) -> Machine:
         python=platform.python_version(),
         mlx=_package_version("mlx"),
         mlx_lm=_package_version("mlx-lm"),
-        openblas=blas(probe).loaded,
+        openblas=blas.find(probe).loaded,
         low_power_mode=low_power,
         on_battery=on_battery,
         thermal_state=thermal,
@@ -250,40 +235,10 @@ def memory_pressure(probe: Probe) -> str | None:
     return _PRESSURE_LEVELS.get(level)
 
 
-def blas(probe: Probe | None = None) -> Blas:
-    """Whether OpenBLAS does the CPU backend's matrix products, and whether it could.
-
-    Only on Linux: elsewhere both are None. The OpenBLAS that numpy and scipy bundle has other
-    symbol names and does nothing for MLX.
-    """
-    probe = probe or Probe()
-    if probe.system != "Linux":
-        return Blas(None, None)
-    mapped = re.findall(r"(/\S*openblas\S*)$", probe.text("/proc/self/maps"), re.MULTILINE)
-    loaded = next((path for path in mapped if ".libs/" not in path), None)
-    files = (path.format(arch=platform.machine()) for path in _OPENBLAS_FILES)
-    return Blas(loaded, next((path for path in files if probe.exists(path)), None))
-
-
 def slow_blas(probe: Probe | None = None) -> bool:
     """Whether products run on the reference BLAS of MLX's wheel: on Linux, without a GPU."""
     probe = probe or Probe()
-    return probe.system == "Linux" and probe.backend() == "cpu" and blas(probe).loaded is None
-
-
-def blas_environment(environ: Mapping[str, str], probe: Probe | None = None) -> dict[str, str]:
-    """`environ` for a child process, with OpenBLAS preloaded where that helps and is possible."""
-    probe = probe or Probe()
-    found = blas(probe)
-    preloaded = environ.get("LD_PRELOAD", "")
-    if (
-        probe.backend() != "cpu"
-        or found.available is None
-        or found.loaded is not None
-        or found.available in preloaded.split(":")
-    ):
-        return dict(environ)
-    return {**environ, "LD_PRELOAD": ":".join(filter(None, (found.available, preloaded)))}
+    return probe.system == "Linux" and probe.backend() == "cpu" and blas.find(probe).loaded is None
 
 
 def memory_budget(probe: Probe | None = None) -> int:

@@ -1,0 +1,348 @@
+"""The parent of a run: it starts the process that trains, watches it, and starts it again.
+
+It loads neither MLX nor anything else that is large. The child holds the folder's lock too, so that
+a run is never free before both are gone; and it ends when this process does (`pulse`).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+
+from mlx_tuner.runs import causes, pulse
+from mlx_tuner.runs.causes import Cause
+from mlx_tuner.runs.place import CRASH_LOG, Claim
+from mlx_tuner.system import blas, files
+from mlx_tuner.system.interrupt import SIGNALS
+
+DELAYS = (5.0, 30.0, 120.0)
+"""Seconds before each restart in a row without a new checkpoint; then it is given up."""
+TICK = 5.0
+"""Seconds between two looks at a silent child."""
+PATIENCE = 90.0
+"""Seconds of silence at least that count as hanging, once steps are made."""
+SLOWEST = 6.0
+"""Times the longest recent silence that count as hanging."""
+_KEPT_BYTES = 64_000
+_CHILD = "import sys; sys.path[:] = {path!r}; from mlx_tuner.cli import main; main()"
+
+
+def supervise(
+    claim: Claim,
+    arguments: Sequence[str],
+    *,
+    resume: bool,
+    restart: bool,
+    say: Callable[[str], None],
+) -> int:
+    """Run `mlx-tune run ARGUMENTS` in a child process until it ends for good.
+
+    Args:
+        arguments: without `--resume` and `--overwrite`.
+        resume: go on with the run that is there.
+        restart: start a child that died again.
+        say: tells the person a line.
+
+    Returns:
+        The exit code.
+    """
+    state = _State(claim, list(arguments), resume, say)
+    with state.signals_handed_on(), state.kept_awake():
+        while True:
+            child = _Child(state)
+            cause = child.watch()
+            if state.signal is not None and (cause or child.code < 0):
+                return 128 + state.signal
+            if cause is None:
+                return child.code
+            state.note_crash(cause, child)
+            if not restart or not state.may_restart(cause, child):
+                say(f"error: {claim.path}: training died: {cause.sentence}; {state.advice()}")
+                return 1
+            if not state.wait():
+                return 128 + int(state.signal or 0)
+
+
+@dataclass
+class _State:
+    """What outlives a child."""
+
+    claim: Claim
+    arguments: list[str]
+    resume: bool
+    say: Callable[[str], None]
+    signal: int | None = None
+    """The first that came."""
+    child: int | None = None
+    """The process id of a child that runs."""
+    restarts: int | None = None
+    failures: int = 0
+    """In a row without a new checkpoint."""
+    saved: int = -1
+    micro_batch_tokens: int | None = None
+    """What the next child is told; None: what the recipe says."""
+
+    def note_crash(self, cause: Cause, child: _Child) -> None:
+        """Keep what the child left on standard error, with a line of our own."""
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        text = child.stderr.decode("utf-8", "replace").rstrip()
+        lines = f"{when} process {child.pid}: {cause.sentence}" + (f"\n{text}" if text else "")
+        with suppress(Exception):  # a full disk is no reason to lose the sentence too
+            files.append_line(self.claim.path / CRASH_LOG, lines)
+
+    def may_restart(self, cause: Cause, child: _Child) -> bool:
+        """Count a failure, and prepare another try if there is to be one."""
+        if not cause.chance:
+            return False
+        progress = child.saved > self.saved
+        self.saved = max(self.saved, child.saved)
+        self.failures = 1 if progress else self.failures + 1
+        if self.failures > len(DELAYS):
+            return False
+        if self.saved >= 0:
+            self.resume = True
+        self.restarts = (child.restarts or self.restarts or 0) + 1
+        tokens, how = child.micro_batch_tokens or 0, ""
+        if (cause.memory or child.ran_out_of_memory(self.failures)) and tokens > 1:
+            self.micro_batch_tokens = tokens // 2
+            how = f" with half the micro_batch_tokens, {self.micro_batch_tokens:,}"
+        where = "goes on from its newest checkpoint" if self.resume else "starts over"
+        delay = DELAYS[self.failures - 1]
+        self.say(f"training died: {cause.sentence}; {where} in {delay:.0f} s{how}")
+        return True
+
+    def advice(self) -> str:
+        """What a person can do after the last try."""
+        more = f"see {self.claim.path / CRASH_LOG}"
+        return f"continue with --resume; {more}" if self.resume else more
+
+    def wait(self) -> bool:
+        """Until the next start; False if a signal came."""
+        end = time.monotonic() + DELAYS[self.failures - 1]
+        while self.signal is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        return self.signal is None
+
+    def command(self) -> list[str]:
+        """What the next child is to be."""
+        code = _CHILD.format(path=sys.path)
+        mode = "--resume" if self.resume else "--overwrite"  # the claim allows it
+        command = [sys.executable, "-c", code, "run", *self.arguments, mode]
+        if self.micro_batch_tokens is not None:
+            command.append(f"--set=train.micro_batch_tokens={self.micro_batch_tokens}")
+        return command
+
+    def signals_handed_on(self) -> _Handlers:
+        return _Handlers(self)
+
+    def kept_awake(self) -> _Awake:
+        return _Awake()
+
+
+class _Handlers:
+    """Hands signals on to the child, which is in a process group of its own.
+
+    So a Ctrl-C reaches it once, and not twice: a second signal ends it at once.
+    """
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGTSTP)}
+        self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._stop if number == signal.SIGTSTP else self._hand_on)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hand_on(self, number: int, _: object) -> None:
+        if self._state.signal is None:
+            self._state.signal = number
+        if self._state.child is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._state.child, number)
+
+    def _stop(self, *_: object) -> None:
+        """Ctrl-Z: stop the child, then ourselves; what comes after that is the going on."""
+        child = self._state.child
+        if child is not None:
+            os.kill(child, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if child is not None:
+            os.kill(child, signal.SIGCONT)
+
+
+class _Awake:
+    """Keeps a Mac from sleeping while the run lasts, but not its display."""
+
+    def __enter__(self) -> None:
+        if sys.platform == "darwin" and (program := which("caffeinate")):
+            os.posix_spawn(program, [program, "-is", "-w", str(os.getpid())], os.environ)
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _Child:
+    """One training process, from its start to its end."""
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+        self.code = 0
+        """Exit code, or minus the signal that ended it."""
+        self.saved = -1
+        self.restarts: int | None = state.restarts
+        self.micro_batch_tokens: int | None = None
+        self.stderr = b""
+        self._message: str | None = None
+        self._line = b""
+        self._alive = False
+        """Whether steps are made, so that silence means something."""
+        self._silence = 0.0
+        self._silences: deque[float] = deque(maxlen=20)
+        self._stopped = False
+        self._status: int | None = None
+        self._begun = False
+        self._oom_kills = _oom_kills()
+        self._start()
+
+    def _start(self) -> None:
+        pulse_in, pulse_out = os.pipe()
+        error_in, error_out = os.pipe()
+        alive_in, alive_out = os.pipe()
+        terminal = os.dup(2)
+        for descriptor in (self._state.claim.descriptor, pulse_out, alive_in, terminal):
+            os.set_inheritable(descriptor, True)
+        handover = pulse.Handover(
+            self._state.claim.descriptor, pulse_out, alive_in, terminal, self._state.restarts
+        )
+        environ = blas.environment(os.environ)
+        environ[pulse.VARIABLE] = handover.to_json()
+        if sys.platform == "darwin":
+            # Metal ends work that keeps the display waiting; this lets it wait longer.
+            environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
+        self.pid = os.posix_spawn(
+            sys.executable,
+            self._state.command(),
+            environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, error_out, 2)],
+            setpgroup=0,
+        )
+        self._state.child = self.pid
+        os.set_inheritable(self._state.claim.descriptor, False)
+        for descriptor in (pulse_out, error_out, alive_in, terminal):
+            os.close(descriptor)
+        self._pulse, self._error, self._alive_out = pulse_in, error_in, alive_out
+        if self._state.signal is not None:  # it came while the child was being started
+            os.kill(self.pid, self._state.signal)
+
+    def watch(self) -> Cause | None:
+        """Until it has ended: why, if it died; None where its exit code says it all."""
+        pipes = [self._pulse, self._error]
+        hung = None
+        last = time.monotonic()
+        while self._pulse in pipes:
+            ready, _, _ = select.select(pipes, [], [], TICK)
+            for pipe in ready:
+                if not (data := os.read(pipe, 1 << 16)):
+                    pipes.remove(pipe)
+                elif pipe == self._error:
+                    self.stderr = (self.stderr + data)[-_KEPT_BYTES:]
+                else:
+                    self._take(data)
+            now = time.monotonic()
+            # A machine that slept, or a parent that was stopped, counts as one tick.
+            self._silence += 0.0 if self._is_stopped() else min(now - last, 2 * TICK)
+            last = now
+            if hung is None and self._is_hanging():
+                hung = causes.of_silence(self._silence)
+                os.kill(self.pid, signal.SIGABRT)  # faulthandler tells where it is
+                time.sleep(1)
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+        self._end()
+        return hung or self._cause()
+
+    def _take(self, data: bytes) -> None:
+        *lines, self._line = (self._line + data).split(b"\n")
+        if lines and self._alive:
+            self._silences.append(self._silence)
+        self._silence = 0.0
+        for line in lines:
+            what, _, value = line.decode().partition(" ")
+            self._begun = True
+            if what == "beat":
+                self._alive = True
+            elif what == "saved":
+                self.saved = int(value)
+            elif what == "started":
+                self.micro_batch_tokens = int(value)
+            elif what == "restarts":
+                self.restarts = int(value)
+            elif what == "crashed":
+                self._message = value
+
+    def _is_stopped(self) -> bool:
+        """Whether somebody has stopped the child (SIGSTOP), so that its silence is no wonder."""
+        with suppress(ChildProcessError):
+            flags = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
+            pid, status = os.waitpid(self.pid, flags)
+            if pid and os.WIFSTOPPED(status):
+                self._stopped = True
+            elif pid and os.WIFCONTINUED(status):
+                self._stopped = False
+            elif pid:
+                self._status = status
+        return self._stopped
+
+    def _is_hanging(self) -> bool:
+        limit = max([PATIENCE, *(SLOWEST * each for each in self._silences)])
+        return self._alive and self._silence > limit
+
+    def _end(self) -> None:
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
+        self._state.child = None
+        self.code = os.waitstatus_to_exitcode(self._status)
+        while select.select([self._error], [], [], 0)[0] and (data := os.read(self._error, 65536)):
+            self.stderr = (self.stderr + data)[-_KEPT_BYTES:]
+        for descriptor in (self._pulse, self._error, self._alive_out):
+            os.close(descriptor)
+
+    def ran_out_of_memory(self, failures: int) -> bool:
+        """Whether the system killed it for memory: Linux counts that, elsewhere twice is enough."""
+        if self.code != -signal.SIGKILL:
+            return False
+        kills = _oom_kills()
+        return failures > 1 if kills is None else kills != self._oom_kills
+
+    def _cause(self) -> Cause | None:
+        text = self.stderr.decode("utf-8", "replace").strip()
+        if self.code < 0:
+            return causes.of_signal(-self.code, text)
+        if self.code == pulse.CRASHED:
+            message = self._message or "no reason is known"
+            return causes.of_message(message) or Cause(message, chance=False)
+        if self.code and not self._begun:
+            return Cause(text.rpartition("\n")[2] or f"exit code {self.code}", chance=False)
+        return None
+
+
+def _oom_kills() -> int | None:
+    """How often this machine's kernel has killed a process for memory, where it tells (Linux)."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

@@ -1,0 +1,294 @@
+"""supervisor.py: the process that watches over training, with children that only pretend to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_tuner.runs import causes, place
+
+PARENT = """
+import sys
+from mlx_tuner import cli
+from mlx_tuner.runs import supervisor
+supervisor._CHILD = "exec(open('child.py').read())"
+supervisor.DELAYS = (0.01, 0.01, 0.01)
+supervisor.TICK, supervisor.PATIENCE = 0.05, 0.5
+try:
+    cli.main(["run", "mine.toml", *sys.argv[1:]])
+finally:
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    assert not loaded & {"mlx", "numpy", "pydantic", "rich", "transformers"}, loaded
+"""
+CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+from mlx_tuner.runs import pulse
+own = pulse.take_over()
+attempt = len(list(Path.cwd().glob("start-*")))
+Path(f"start-{attempt}").write_text(json.dumps([os.getpid(), *sys.argv[2:]]))
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """Runs a command whose child is a script: exit code, lines on standard error, starts."""
+
+    def run(script: str, *options: str) -> tuple[int, list[str], list[list[str]]]:
+        process = start(tmp_path, script, *options)
+        _, stderr = process.communicate(timeout=60)
+        return process.returncode, stderr.splitlines(), starts(tmp_path)
+
+    return run
+
+
+def start(folder: Path, script: str, *options: str) -> subprocess.Popen[str]:
+    (folder / "child.py").write_text(CHILD + script)
+    return subprocess.Popen(
+        [sys.executable, "-c", PARENT, *options], cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+
+
+def starts(folder: Path) -> list[list[str]]:
+    """What each child was told, after `run` and the recipe."""
+    found = sorted(folder.glob("start-*"))
+    return [json.loads(path.read_text())[2:] for path in found]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+METAL = "[METAL] Command buffer execution failed: "
+
+
+@pytest.mark.parametrize(
+    ("message", "said", "memory"),
+    [
+        (
+            f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            "ran out of memory",
+            True,
+        ),
+        ("[malloc] Unable to allocate 137438953472 bytes.", "ran out of memory", True),
+        (
+            "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum "
+            "allowed buffer size of 8 bytes.",
+            "ran out of memory",
+            True,
+        ),
+        (
+            f"{METAL}Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+            "let the display sleep",
+            False,
+        ),
+        ("[metal::malloc] Resource limit (499000) exceeded.", "limit of buffers", False),
+        (f"{METAL}Caused GPU Timeout Error (00000002:kIO…ErrorTimeout)", "took too long", False),
+        (f"{METAL}Internal Error (0000000e:Internal Error)", "the GPU's work failed", False),
+    ],
+)
+def test_what_metal_says_is_put_in_plain_words(message: str, said: str, memory: bool) -> None:
+    cause = causes.of_message(message)
+    assert cause is not None
+    assert said in cause.sentence
+    assert cause.memory == memory
+
+
+def test_a_fault_of_ours_is_no_fault_of_the_machine() -> None:
+    assert causes.of_message("'NoneType' object has no attribute 'step'") is None
+
+
+def test_a_child_that_ends_by_itself_decides_the_exit_code(supervised) -> None:
+    for code in (0, 1, 2, 143):
+        assert supervised(f"sys.exit({code})")[:2] == (code, [])
+
+
+def test_a_child_that_dies_is_started_again_from_its_checkpoint(supervised, tmp_path) -> None:
+    script = """
+own.started(4096)
+own.restarted(attempt)
+if attempt == 0: os.kill(os.getpid(), signal.SIGSEGV)
+own.saved(10)
+if attempt == 1: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    code, lines, told = supervised(script, "--set", "train.seed=3")
+    assert code == 0
+    assert [options[-1] for options in told] == ["--overwrite", "--overwrite", "--resume"]
+    assert all("--set=train.seed=3" in options for options in told)
+    assert [line.partition(";")[0] for line in lines] == [
+        "mlx-tune: training died: it read memory that is not its own (segmentation fault)",
+        "mlx-tune: training died: the system killed it, most likely for memory",
+    ]
+    assert "starts over" in lines[0]
+    assert "goes on from its newest checkpoint" in lines[1]
+    log = (tmp_path / "adapters" / "mine" / "crash.log").read_text()
+    assert "Fatal Python error: Segmentation fault" in log
+
+
+def test_out_of_memory_is_tried_again_with_half_the_tokens_and_a_limit(supervised) -> None:
+    script = f"""
+own.started(4096 >> attempt)
+sys.exit(own.crashed(RuntimeError("{METAL}Insufficient Memory (00000008:…)")))
+"""
+    code, lines, told = supervised(script)
+    assert code == 1
+    assert len(told) == 4
+    assert [options[-1] for options in told[1:]] == [
+        f"--set=train.micro_batch_tokens={tokens}" for tokens in (2048, 1024, 512)
+    ]
+    assert "with half the micro_batch_tokens, 2,048" in lines[0]
+    assert "error: " in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_restarts_go_on_as_long_as_checkpoints_do(supervised) -> None:
+    script = """
+if attempt % 3 == 0: own.saved(10 * attempt)
+if attempt < 11: os.kill(os.getpid(), signal.SIGABRT)
+"""
+    code, _, told = supervised(script)
+    assert (code, len(told)) == (0, 12)
+
+
+def test_a_fault_of_ours_is_one_line_and_a_crash_log_and_no_second_try(supervised, tmp_path):
+    code, lines, told = supervised("sys.exit(own.crashed(KeyError('step')))")
+    log = tmp_path / "adapters" / "mine" / "crash.log"
+    assert (code, len(told)) == (1, 1)
+    [line] = lines
+    assert line.startswith("mlx-tune: error: adapters/mine: training died: 'step'; see adapters")
+    assert "KeyError: 'step'" in log.read_text()
+
+
+def test_without_restarts_the_first_death_is_the_end(supervised) -> None:
+    code, lines, told = supervised("os.kill(os.getpid(), signal.SIGBUS)", "--no-restart")
+    assert (code, len(told), len(lines)) == (1, 1, 1)
+
+
+def test_a_child_that_hangs_between_steps_is_started_again(supervised) -> None:
+    script = """
+if attempt == 0:
+    time.sleep(1)  # what comes before the first step may take its time
+    own.beat()
+    own.saved(1)
+    time.sleep(60)
+"""
+    code, lines, told = supervised(script)
+    assert (code, len(told)) == (0, 2)
+    assert "it hung: nothing happened for" in lines[0]
+
+
+def test_a_child_that_somebody_has_stopped_does_not_hang(tmp_path) -> None:
+    process = start(tmp_path, "own.beat(); Path('beats').touch(); time.sleep(0.3)")
+    wait_for(tmp_path / "beats")
+    child = json.loads((tmp_path / "start-0").read_text())[0]
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(child, signal.SIGCONT)
+    assert process.communicate(timeout=30) == (None, "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_a_signal_is_handed_on_once_and_decides_the_exit_code(tmp_path, sent, code) -> None:
+    script = f"""
+count = 0
+def keep(number, frame):
+    Path(f"signal-{{time.monotonic_ns()}}").touch()
+signal.signal(signal.SIG{sent}, keep)
+Path("ready").touch()
+time.sleep(1)
+sys.exit({code})
+"""
+    process = start(tmp_path, script)
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.Signals[f"SIG{sent}"])
+    assert process.wait(timeout=30) == code
+    assert len(list(tmp_path.glob("signal-*"))) == 1
+    process.stderr.close()
+
+
+def test_a_killed_parent_takes_its_child_along_and_the_folder_is_free(tmp_path) -> None:
+    process = start(tmp_path, "Path('ready').touch(); time.sleep(60)")
+    wait_for(tmp_path / "ready")
+    child = json.loads((tmp_path / "start-0").read_text())[0]
+    assert place.is_running(tmp_path / "adapters" / "mine")
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    place.Claim(tmp_path / "adapters" / "mine", overwrite=True).release()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_of_many_starts_at_once_one_trains_and_the_others_name_it(tmp_path) -> None:
+    script = "Path('ready').touch(); time.sleep(60)"
+    processes = [start(tmp_path, script) for _ in range(8)]
+    try:
+        deadline = time.monotonic() + 60
+        while sum(process.poll() is None for process in processes) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (winner,) = [process for process in processes if process.poll() is None]
+        for loser in processes:
+            if loser is not winner:
+                assert loser.returncode == 1
+                assert f"in use by process {winner.pid}, started" in loser.stderr.read()
+        wait_for(tmp_path / "ready")
+        assert len(starts(tmp_path)) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_parent_takes_little_memory_and_hardly_any_time(tmp_path) -> None:
+    script = "Path('ready').touch()\nfor _ in range(100): own.beat(); time.sleep(0.02)"
+    process = start(tmp_path, script)
+    wait_for(tmp_path / "ready")
+    time.sleep(0.2)
+
+    def seconds() -> float:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    before = seconds()
+    time.sleep(1)
+    assert int(peak.split()[1]) < 30_000
+    assert seconds() - before <= 0.02  # at fifty steps a second
+    assert process.communicate(timeout=30) == (None, "")
+
+
+def test_nothing_is_left_of_a_run_that_is_refused(supervised, tmp_path) -> None:
+    assert supervised("sys.exit(2)")[0] == 2
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_a_child_that_cannot_even_start_is_told_of_in_a_line(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", "")
+    process = start(tmp_path, "raise ImportError('libmlx.so: cannot open shared object file')")
+    [line] = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 1
+    assert "ImportError: libmlx.so: cannot open shared object file; see adapters/mine" in line
+    assert "Traceback" in (tmp_path / "adapters" / "mine" / "crash.log").read_text()
