@@ -148,9 +148,40 @@ def test_nothing_is_unpickled_and_no_code_of_a_model_folder_is_run() -> None:
     for module in MODULES:
         names = {name for name, _, _ in calls(module)}
         assert not names & {"eval", "exec", "compile", "__import__"}, module
-        # The one peer that could be told to is never told to.
-        told = [k for _, call, _ in calls(module) for k in call.keywords]
-        assert all(k.arg != "trust_remote_code" for k in told), module
+        assert tells_no_peer_to_trust_code(tree(module)), module
+
+
+def tells_no_peer_to_trust_code(node: ast.AST) -> bool:
+    """Whether `trust_remote_code` is nowhere but as a key or argument that is literally False."""
+    allowed = 0
+    for part in ast.walk(node):
+        pairs = zip(part.keys, part.values, strict=True) if isinstance(part, ast.Dict) else ()
+        allowed += sum(map(is_text_false, pairs))
+        if isinstance(part, ast.keyword) and part.arg == TRUST:
+            return False
+    return allowed == ast.unparse(node).count(TRUST)
+
+
+TRUST = "trust_remote_code"
+
+
+def is_text_false(pair: tuple[ast.expr | None, ast.expr]) -> bool:
+    return [ast.unparse(part) for part in pair if part] == [repr(TRUST), "False"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'load(folder, {"trust_remote_code": True})',
+        "load(folder, trust_remote_code=True)",
+        'settings["trust_remote_code"] = True',
+        "load(folder, **dict(trust_remote_code=1))",
+        'load(folder, {"trust_remote_code": flag})',
+    ],
+)
+def test_every_way_to_trust_code_is_seen(source: str) -> None:
+    assert not tells_no_peer_to_trust_code(ast.parse(source))
+    assert tells_no_peer_to_trust_code(ast.parse('load(folder, {"trust_remote_code": False})'))
 
 
 def test_only_the_command_line_prints_and_exits() -> None:

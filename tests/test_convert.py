@@ -409,66 +409,6 @@ def test_a_hub_model_is_converted_and_pushed_and_the_token_is_not_shown(source, 
     assert f"qwen/tiny at commit {COMMIT}, converted" in pushed.files["README.md"].decode()
 
 
-CANARY = """
-import sys
-from pathlib import Path
-folder = sys.argv[1]
-seen = []
-
-def hook(event, arguments):
-    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class"):
-        seen.append((event, str(arguments)))
-    elif event in ("socket.connect", "socket.getaddrinfo"):
-        seen.append((event, str(arguments)))
-    elif event in ("exec", "compile", "import") and folder in str(arguments[:2]):
-        seen.append((event, str(arguments)))
-    elif event == "open" and str(arguments[0]).startswith(folder):
-        if str(arguments[0]).endswith((".py", ".bin", ".pkl")):
-            seen.append((event, str(arguments)))
-
-from click.testing import CliRunner
-from mlx_tuner.cli import main
-import mlx_tuner.conversion.convert, mlx_tuner.system.hub, mlx_tuner.models.model
-sys.addaudithook(hook)
-result = CliRunner().invoke(main, ["convert", folder, "-o", sys.argv[2]])
-mlx_tuner.models.model.load(Path(folder))
-print(result.exit_code, seen, result.output)
-"""
-
-
-@pytest.mark.slow
-def test_nothing_in_a_model_folder_is_run_or_unpickled(source, tmp_path):
-    folder = Path(shutil.copytree(source, tmp_path / "canary"))
-    code = "open('ran', 'w').close()"
-    for name in ("modeling.py", "tokenization.py", "configuration.py", "__init__.py", "custom.py"):
-        (folder / name).write_text(code)
-    (folder / "pytorch_model.bin").write_bytes(
-        b"\\x80\\x02cos\\nsystem\\nq\\x00X\\x03\\x00\\x00\\x00id."
-    )
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "auto_map": {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"},
-        "_attn_implementation_internal": "evil/kernel",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer |= {
-        "auto_map": {"AutoTokenizer": ["tokenization.T", "tokenization.T"]},
-        "chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    done = subprocess.run(
-        [sys.executable, "-c", CANARY, folder, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.stdout.startswith("0 [] "), done.stdout + done.stderr
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.slow
 def test_a_model_of_real_size_converts_in_bounded_memory(root, shared, tmp_path):
     """Two shards of the 1.5B shape, compared as well: 1.2 GB and the largest shard."""

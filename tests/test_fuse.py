@@ -27,6 +27,7 @@ from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.recipe.tables import load_recipe
+from mlx_tuner.runs import own
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system.files import verify
 
@@ -238,8 +239,9 @@ def test_an_untrained_adapter_gives_the_base(base, tmp_path, display):
 
 
 @pytest.fixture
-def run(base, tmp_path):
+def run(base, tmp_path, monkeypatch):
     """A run's folder, as training leaves it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "tuned"
     write_adapter(folder, make_adapter(load_model(base)[0], base))
     rows = [
@@ -251,6 +253,7 @@ def run(base, tmp_path):
         f'[model]\npath = "{base}"\n[data]\ntrain = "{tmp_path}/rows.jsonl"\nvalid = 0.25\n'
         "[lora]\nrank = 4\nalpha = 8\n[train]\nepochs = 1\nlearning_rate = 1e-3\n"
     )
+    own.remember((folder / "recipe.toml").read_text())
     (folder / "loss.png").write_bytes(PLOT)
     (folder / "summary.json").write_text(json.dumps(SUMMARY.to_json()))
     return folder
@@ -284,6 +287,26 @@ def test_the_losses_are_those_of_the_held_out_answers(base, run, tmp_path, displ
 def test_rows_that_are_gone_are_replaced_by_fixed_prompts(run, tmp_path, display):
     (tmp_path / "rows.jsonl").unlink()
     assert fuse(run, tmp_path / "fused", display).check.rows == "fixed prompts"
+
+
+def test_the_rows_of_a_strangers_recipe_are_not_read(run, tmp_path, display, monkeypatch):
+    shutil.rmtree(tmp_path / "cache")  # so that nobody here ran it
+
+    def opened(*_):
+        raise AssertionError("the rows of a stranger's recipe were opened")
+
+    monkeypatch.setattr("mlx_tuner.assembly.open_data", opened)
+    assert fuse(run, tmp_path / "fused", display).check.rows == "fixed prompts"
+
+
+def test_the_card_keeps_prompts_as_they_are(run, tmp_path, display):
+    recipe = (run / "recipe.toml").read_text()
+    prompt = '[data]\nsystem_prompt = "/no_think Answer with C:/x and ~/y."'
+    (run / "recipe.toml").write_text(recipe.replace("[data]", prompt))
+    fuse(run, tmp_path / "fused", display)
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert 'system_prompt = "/no_think Answer with C:/x and ~/y."' in card
+    assert str(tmp_path) not in card
 
 
 def test_the_card_has_recipe_losses_and_plot_and_no_private_path(run, tmp_path, display):

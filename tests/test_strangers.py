@@ -2,8 +2,11 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -327,3 +330,104 @@ def test_tensors_that_are_not_finite_are_refused(good, adapter, tmp_path):
     mx.eval(tensors)
     mx.save_safetensors(path, tensors)
     assert "holds NaN or infinity" in refusal("import", tmp_path, model=good, adapter=adapter)
+
+
+# ---- nothing of a folder is run ------------------------------------------------------------------
+
+CANARY = """
+import json, sys
+folder, commands = sys.argv[1], json.loads(sys.argv[2])
+seen = []
+
+def hook(event, arguments):
+    if event in ("os.system", "os.exec", "os.fork", "pickle.find_class", "socket.connect",
+                 "socket.getaddrinfo", "shutil.unpack_archive"):
+        seen.append((event, str(arguments)[:200]))
+    elif event in ("subprocess.Popen", "os.posix_spawn") and arguments[0] != sys.executable:
+        seen.append((event, str(arguments)[:200]))
+    elif event in ("exec", "compile", "import") and folder in str(arguments[:3]):
+        seen.append((event, str(arguments)[:200]))
+    elif event == "open" and str(arguments[0]).startswith(folder):
+        if str(arguments[0]).endswith((".py", ".bin", ".pkl", ".pt")):
+            seen.append((event, str(arguments)[:200]))
+
+from click.testing import CliRunner
+from mlx_tuner.cli import main
+sys.addaudithook(hook)
+results = [CliRunner().invoke(main, command) for command in commands]
+codes = [result.exit_code for result in results]
+print(json.dumps([codes, seen, [result.output for result in results if result.exit_code]]))
+"""
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.slow
+def test_no_code_of_a_folder_is_run_nothing_is_unpickled_and_no_socket_opened(
+    model, adapter, tmp_path
+):
+    """Every command, on a model and an adapter that are full of code."""
+    with pytest.MonkeyPatch.context() as patch:  # the pickle is one, and does what it says
+        patch.chdir(tmp_path)
+        pickle.loads(pickle.dumps(Evil())).close()
+        assert (tmp_path / "ran").exists()
+        (tmp_path / "ran").unlink()
+    for folder in (model, adapter):
+        for name in (
+            "modeling.py",
+            "tokenization.py",
+            "configuration.py",
+            "__init__.py",
+            "custom.py",
+            "jinja2.py",
+            "mlx_lm.py",
+            "sitecustomize.py",
+        ):
+            (folder / name).write_text("open('ran', 'w').close()")
+        for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "model.pt"):
+            (folder / name).write_bytes(pickle.dumps(Evil()))
+    code = {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"}
+    edit(model / "config.json", auto_map=code, _attn_implementation_internal="evil/kernel")
+    tokenizers = ["tokenization.T", "tokenization.T"]
+    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": tokenizers})
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    guarded = "{% if messages[0].content == 'x' %}" + escape + "{% endif %}"
+    (model / "chat_template.jinja").write_text(guarded + settings["chat_template"])
+    edit(adapter / "adapter_config.json", auto_mapping={"base_model_class": "modeling.M"})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1?", "completion": "2"}\n' * 8)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[model]\npath = "{model}"\n[data]\ntrain = "{rows}"\n[lora]\nrank = 4\nalpha = 8\n'
+        f'init_from = "{adapter}"\n[train]\nmax_steps = 1\nlearning_rate = 1e-4\n'
+    )
+    base = ["--model", model]
+    commands = [
+        ["convert", model, "-o", tmp_path / "converted"],
+        ["data", rows, *base],
+        ["plan", recipe],
+        ["run", recipe, "--run-dir", tmp_path / "run"],
+        ["generate", model, "hello", "--max-tokens", "2"],
+        ["generate", adapter, "hello", "--max-tokens", "2", *base],
+        ["eval", adapter, "--data", rows, "--samples", "1", "--max-tokens", "2", *base],
+        ["fuse", adapter, "-o", tmp_path / "fused", *base],
+        ["export", adapter, "--to", "peft", "-o", tmp_path / "peft"],
+        ["import", tmp_path / "peft", "-o", tmp_path / "imported"],
+    ]
+    texts = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", CANARY, str(tmp_path), texts],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    codes, seen, output = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0] * len(commands), output
+    assert seen == []
+    assert not list(tmp_path.rglob("ran"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
 from mlx_tuner.models.weights import is_finite, write_weights
 from mlx_tuner.recipe.tables import Recipe, load_recipe
+from mlx_tuner.runs import own
 from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.runs.run import LOSS_PLOT, read_summary
 from mlx_tuner.system import files
@@ -236,8 +236,11 @@ def recipe_of(source: Path) -> Recipe | None:
 
 
 def rows_to_compare(source: Path, base: Path) -> Rows:
-    """Held-out rows of the run, or rows that it trained on; fixed prompts where it left none."""
-    recipe = recipe_of(source)
+    """Held-out rows of the run, or rows that it trained on; fixed prompts where it left none.
+
+    Fixed prompts for a stranger's run as well, whose recipe may name any file or data set.
+    """
+    recipe = recipe_of(source) if own.is_own(source) else None
     if recipe is None:
         return fixed_rows(base)
     try:
@@ -308,4 +311,19 @@ def _summary(source: Path) -> Summary | None:
 
 def _without_places(recipe: Recipe) -> str:
     """The recipe as text, with the names of its files but not where they are."""
-    return re.sub(r'"(?:/|~/|[A-Za-z]:)[^"\n]*?([^"/\n]*)"', r'"\1"', recipe.to_toml()).strip()
+
+    def named(table: Any, *keys: str) -> Any:
+        values = {key: getattr(table, key) for key in keys}
+        names = {k: Path(v).name for k, v in values.items() if isinstance(v, str) and v[:1] == "/"}
+        return table.model_copy(update=names)
+
+    return (
+        replace(
+            recipe,
+            model=named(recipe.model, "path"),
+            data=named(recipe.data, "train", "valid"),
+            lora=named(recipe.lora, "init_from"),
+        )
+        .to_toml()
+        .strip()
+    )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mlx_tuner.errors import Fault, RunError
-from mlx_tuner.runs import checkpoints
+from mlx_tuner.runs import checkpoints, own
 from mlx_tuner.runs.checkpoints import CHECKPOINTS
 from mlx_tuner.runs.metrics import Record, Sample, Summary, record_from_json
 from mlx_tuner.runs.place import METRICS, PREVIOUS, RECIPE, RETURNING, Claim, keep_out
@@ -102,6 +102,7 @@ class Run:
                 files.move(self.path / name, aside / name)
             files.move(aside, self.path / PREVIOUS)
         files.write_text(self.path / RECIPE, recipe_toml)
+        own.remember(recipe_toml)
 
     def go_on(self, recipe_toml: str) -> None:
         """Take the run up at `checkpoint`.
@@ -114,6 +115,7 @@ class Run:
         self._cut_metrics(self.checkpoint.state["metrics_bytes"])
         if (self.path / RECIPE).read_text("utf-8") != recipe_toml:
             files.write_text(self.path / RECIPE, recipe_toml)
+            own.remember(recipe_toml)
 
     def require_space(self, checkpoint_bytes: int) -> None:
         """Refuse a run whose checkpoints the disk has no room for.
