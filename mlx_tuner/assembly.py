@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tuner.data.dataset import Dataset, open_dataset, split
-from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.dataset import Dataset, Task, open_dataset, split, untold
+from mlx_tuner.data.encode import Encoder
+from mlx_tuner.data.order import shuffled
 from mlx_tuner.engine import lora, memory
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.batching import Example
@@ -23,7 +24,7 @@ from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.model import Loaded, dtype_of
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import DataTable, Recipe
-from mlx_tuner.system import cache, device
+from mlx_tuner.system import device
 
 HUB = "hub:"
 
@@ -39,21 +40,30 @@ class Data:
     valid: Dataset | None
 
 
-def open_data(recipe: Recipe, tokenizer: Any) -> Data:
-    """Open and check the recipe's training and validation rows.
+def open_data(recipe: Recipe, tokenizer: Any, task: Task = untold) -> Data:
+    """Open, check and survey the recipe's training and validation rows.
+
+    Args:
+        task: shows what is under way, such as `Display.task`.
 
     Raises:
         DataError: a file or row is wrong.
         ModelError: the tokenizer has no chat template that rows need.
     """
     table = recipe.data
-    rows = open_file(table, table.train, tokenizer, table.limit)
+    rows = open_file(table, table.train, tokenizer, table.limit, task)
     if isinstance(table.valid, float):
         return Data(*split(rows, table.valid, recipe.train.seed))
-    return Data(rows, open_file(table, table.valid, tokenizer) if table.valid is not None else None)
+    return Data(rows, open_file(table, table.valid, tokenizer, task=task) if table.valid else None)
 
 
-def open_file(table: DataTable, source: str, tokenizer: Any, limit: int | None = None) -> Dataset:
+def open_file(
+    table: DataTable,
+    source: str,
+    tokenizer: Any,
+    limit: int | None = None,
+    task: Task = untold,
+) -> Dataset:
     """Open and check the rows of one file, read as the recipe's `table` says.
 
     Raises:
@@ -61,14 +71,22 @@ def open_file(table: DataTable, source: str, tokenizer: Any, limit: int | None =
     """
     return open_dataset(
         local_file(source),
-        tokenizer,
-        max_seq_length=table.max_seq_length,
-        mask_prompt=table.mask_prompt,
-        system_prompt=table.system_prompt,
+        encoder(table, tokenizer),
         limit=limit,
         on_bad_row=table.on_bad_row,
+        task=task,
+    )
+
+
+def encoder(table: DataTable, tokenizer: Any) -> Encoder:
+    """What makes tokens of rows as the recipe's `table` says."""
+    return Encoder(
+        tokenizer,
+        mask_prompt=table.mask_prompt,
+        max_seq_length=table.max_seq_length,
+        system_prompt=table.system_prompt,
+        template_variables=table.chat_template,
         on_long_row=table.on_long_row,
-        cache_dir=cache.user_folder(),
     )
 
 
@@ -109,7 +127,7 @@ def row_order(recipe: Recipe, rows: int, first_step: int, steps: int) -> Iterato
     for step in range(first_step, steps):
         epoch, first, last = schedule.rows_of_step(step, rows, recipe.train.batch_size)
         if recipe.data.shuffle:
-            yield Permutation(recipe.train.seed, epoch, rows).slice(first, last).tolist()
+            yield shuffled(recipe.train.seed, epoch, rows)[first:last].tolist()
         else:
             yield range(first, last)
 
@@ -167,11 +185,6 @@ def in_order(dataset: Dataset) -> Iterator[list[Example]]:
     for first in range(0, len(dataset), EVALUATION_ROWS):
         last = min(first + EVALUATION_ROWS, len(dataset))
         yield dataset.examples(range(first, last))
-
-
-def longest_row(recipe: Recipe, rows: Dataset) -> int:
-    """Tokens of the longest row at most, from its bytes: no row is encoded for it."""
-    return min(recipe.data.max_seq_length, int(rows.byte_lengths.max()))
 
 
 def micro_batch_tokens(

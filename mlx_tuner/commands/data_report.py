@@ -58,7 +58,7 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
             f"95 % up to {train.percentile(95):,}, longest {train.lengths.max():,} tokens",
         )
     if prefix := train.shared_prefix_tokens:
-        share = 100 * prefix * train.usable_rows / train.tokens
+        share = 100 * prefix * train.usable_rows / train.dataset.tokens
         text = shorten(_printable(train.prefix_text), _PREFIX_SHOWN, placeholder=" …")
         yield "all begin", f"with the same {prefix:,} tokens, {share:.0f} % of all: {text}"
     if valid:
@@ -72,15 +72,16 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _rows(facts: FileFacts) -> str:
-    forms = ", ".join(f"{rows:,} {form}" for form, rows in facts.forms.most_common())
+    forms = ", ".join(f"{rows:,} {form}" for form, rows in facts.forms.items())
     skipped = facts.rows - facts.usable_rows
     left_out = f"; {skipped:,} cannot be trained on" if skipped else ""
     return f"{facts.rows:,} ({forms or 'none readable'}){left_out}"
 
 
 def _tokens(facts: FileFacts) -> str:
-    share = 100 * facts.target_tokens / facts.tokens if facts.tokens else 0
-    return f"{facts.tokens:,} tokens, {facts.target_tokens:,} of them targets ({share:.0f} %)"
+    tokens, targets = facts.dataset.tokens, facts.dataset.target_tokens
+    share = 100 * targets / tokens if tokens else 0
+    return f"{tokens:,} tokens, {targets:,} of them targets ({share:.0f} %)"
 
 
 def _lengths(found: Inspection) -> RenderableType:

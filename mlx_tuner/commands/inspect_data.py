@@ -1,16 +1,11 @@
-"""What is in a file of training rows, as a recipe would see it: one pass over each file.
-
-It remembers 12 bytes a row: how long the row is, and a hash of its content.
-"""
+"""What is in a file of training rows, as a recipe would see it: all of its rows are counted."""
 
 from __future__ import annotations
 
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlx_tuner import assembly
-from mlx_tuner.data import check
-from mlx_tuner.data.encode import Encoded, Encoder, unwrap
-from mlx_tuner.data.index import RowFile, open_rows
+from mlx_tuner.data.dataset import Dataset, examine
+from mlx_tuner.data.encode import Encoded, unwrap
 from mlx_tuner.data.order import in_validation
-from mlx_tuner.data.rows import Form, Row, parse_row
-from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.errors import Fault
 from mlx_tuner.models import model as models
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe, load_recipe, parse_recipe
@@ -33,15 +26,8 @@ from mlx_tuner.words import plural
 DEFAULT_MODEL = "builtin:tiny-qwen"
 """Whose tokenizer counts where no model is named."""
 
-BATCH_ROWS = 256
-"""Rows that are tokenised at once."""
-
-FAULTS_KEPT = 20
-"""Faults of a file that are kept; those after them are only counted."""
-
 _EXAMPLES = 3
 _BINS = 12
-_FIELD_NAMES_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -55,50 +41,57 @@ class Shown:
     """Its text, cut where targets begin and end, and whether a part is a target."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class FileFacts:
     """One file's rows: tokens as they are trained on, lengths as they are written."""
 
-    file: str
-    rows: int = 0
-    usable_rows: int = 0
-    held_out_rows: int = 0
+    dataset: Dataset
+    """All of the file, surveyed to its end."""
+    held_out_rows: int
     """Usable rows that are for validation, where the recipe holds out a fraction."""
-    forms: Counter[Form] = field(default_factory=Counter)
-    tokens: int = 0
-    target_tokens: int = 0
-    row_lengths: array[int] = field(default_factory=lambda: array("i"))
-    """Tokens of each row before truncation; 0 for one that could not be read."""
-    digests: array[int] = field(default_factory=lambda: array("Q"))
-    """Hash of each row's content."""
-    truncated_rows: int = 0
-    truncated_tokens: int = 0
-    bad_rows: int = 0
-    """Rows that could not be read, or that the chat template refuses."""
-    long_rows: int = 0
-    """Rows left out or refused for their length."""
-    no_target_rows: int = 0
-    control_rows: int = 0
-    control_tokens: int = 0
-    empty_answers: int = 0
-    unused_fields: Counter[str] = field(default_factory=Counter)
-    prefix: np.ndarray | None = None
-    """Token ids that all usable rows begin with."""
-    prefix_text: str = ""
-    shown: list[Shown] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    fault_count: int = 0
+    prefix_text: str
+    """What all usable rows begin with."""
+    shown: list[Shown]
+    faults: list[Fault]
+    """What must be fixed before a run, as far as it is kept."""
+    fault_count: int
+
+    @property
+    def file(self) -> str:
+        """Its path."""
+        return str(self.dataset.file.path)
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return len(self.dataset.file)
+
+    @property
+    def usable_rows(self) -> int:
+        """Those that can be trained on."""
+        return len(self.dataset)
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """The form of the rows, and how many of it can be read."""
+        form = self.dataset.file.form
+        return {form: self.dataset.survey.good_rows} if form else {}
+
+    @property
+    def problems(self) -> Counter[str]:
+        """Rows that can be read and not trained on, by reason."""
+        return Counter(problem.kind for _, problem in self.dataset.survey.problems)
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows that cannot be read, or that the chat template refuses."""
+        return len(self.dataset.file.bad) + self.problems["refused by the template"]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of the rows that could be read, before truncation: int32."""
-        lengths = np.frombuffer(self.row_lengths, np.int32)
+        lengths = self.dataset.survey.lengths
         return lengths[lengths > 0]
-
-    def content(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the rows that could be read, and their digests."""
-        numbers = np.flatnonzero(np.frombuffer(self.row_lengths, np.int32))
-        return numbers, np.frombuffer(self.digests, np.uint64)[numbers]
 
     def percentile(self, share: float) -> int:
         """The length that `share` % of the rows do not exceed."""
@@ -107,18 +100,59 @@ class FileFacts:
     @property
     def shared_prefix_tokens(self) -> int:
         """Tokens that all usable rows begin with, where there are several."""
-        return len(self.prefix) if self.prefix is not None and self.usable_rows > 1 else 0
+        return len(self.dataset.survey.prefix) if self.usable_rows > 1 else 0
 
-    def add_unread(self) -> None:
-        """Count a row that could not be read."""
-        self.bad_rows += 1
-        self.row_lengths.append(0)
-        self.digests.append(0)
+    def notes(self, max_seq_length: int) -> Iterator[str]:
+        """What does not stop a run, but should be known."""
+        problems, survey = self.problems, self.dataset.survey
+        if problems["too long"]:
+            rows = plural(problems["too long"], "row")
+            yield f"{rows} longer than data.max_seq_length = {max_seq_length}"
+        if self.bad_rows:
+            yield f"{plural(self.bad_rows, 'row')} that cannot be read"
+        if problems["without a target"]:
+            yield f"{plural(problems['without a target'], 'row')} without a target token"
+        yield from survey.notes()
+        if survey.unused_fields:
+            fields = survey.unused_fields.most_common(8)
+            names = ", ".join(f"{name} ({rows:,})" for name, rows in fields)
+            yield f"fields that are not trained on: {names}"
 
-    def add_faults(self, *faults: Fault) -> None:
-        """Count faults, and keep the first ones."""
-        self.fault_count += len(faults)
-        self.faults += faults[: max(FAULTS_KEPT - len(self.faults), 0)]
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        lengths, survey = self.lengths, self.dataset.survey
+        return {
+            "file": self.file,
+            "rows": self.rows,
+            "usable_rows": self.usable_rows,
+            "forms": self.forms,
+            "tokens": self.dataset.tokens,
+            "target_tokens": self.dataset.target_tokens,
+            "lengths": {
+                "mean": float(lengths.mean()),
+                "p50": self.percentile(50),
+                "p95": self.percentile(95),
+                "max": int(lengths.max()),
+                "histogram": [
+                    {"from": first, "to": last, "rows": rows}
+                    for first, last, rows in histogram(lengths)
+                ],
+            }
+            if len(lengths)
+            else None,
+            "shared_prefix_tokens": self.shared_prefix_tokens,
+            "shared_prefix": self.prefix_text,
+            "truncated_rows": survey.truncated_rows,
+            "truncated_tokens": survey.truncated_tokens,
+            "long_rows": self.problems["too long"],
+            "bad_rows": self.bad_rows,
+            "no_target_rows": self.problems["without a target"],
+            "control_rows": survey.control_rows,
+            "control_tokens": survey.control_tokens,
+            "empty_answers": survey.empty_answers,
+            "unused_fields": dict(survey.unused_fields),
+            "shown": [vars(row) for row in self.shown],
+        }
 
 
 @dataclass(frozen=True)
@@ -166,7 +200,7 @@ class Inspection:
 
     def notes(self) -> Iterator[str]:
         """What does not stop a run, but should be known."""
-        yield from self._notes_on(self.train)
+        yield from self.train.notes(self.max_seq_length)
         if self.repeats.rows:
             lines = _in_words(self.repeats, "line {} is line {}")
             yield f"{plural(self.repeats.rows, 'row')} with the content of an earlier one: {lines}"
@@ -178,83 +212,25 @@ class Inspection:
             rows = plural(self.train_rows, "row")
             yield f"{rows}, fewer than train.batch_size = {self.batch_size}: one step an epoch"
         if self.valid:
-            yield from (f"{self.valid.file}: {note}" for note in self._notes_on(self.valid))
-
-    def _notes_on(self, facts: FileFacts) -> Iterator[str]:
-        if facts.truncated_rows:
-            rows, tokens = plural(facts.truncated_rows, "row"), f"{facts.truncated_tokens:,} tokens"
-            enough = f"data.max_seq_length = {facts.lengths.max()} keeps all"
-            yield f"{rows} cut: {tokens} and the end of the turn are lost; {enough}"
-        if facts.long_rows:
-            rows = plural(facts.long_rows, "row")
-            yield f"{rows} longer than data.max_seq_length = {self.max_seq_length}"
-        if facts.bad_rows:
-            yield f"{plural(facts.bad_rows, 'row')} that cannot be read"
-        if facts.no_target_rows:
-            yield f"{plural(facts.no_target_rows, 'row')} without a target token"
-        if facts.control_rows:
-            rows = plural(facts.control_rows, "row")
-            tokens = plural(facts.control_tokens, "control token")
-            yield f"{rows} with {tokens} in its content, which are taken as text"
-        if facts.empty_answers:
-            yield f"{plural(facts.empty_answers, 'row')} with an empty answer"
-        if facts.unused_fields:
-            names = ", ".join(
-                f"{name} ({rows:,})" for name, rows in facts.unused_fields.most_common(8)
-            )
-            yield f"fields that are not trained on: {names}"
+            notes = self.valid.notes(self.max_seq_length)
+            yield from (f"{self.valid.file}: {note}" for note in notes)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as one JSON object."""
         return {
             "model": self.model,
-            **self._json_of(self.train),
+            **self.train.to_json(),
             "train_rows": self.train_rows,
             "held_out_rows": self.train.held_out_rows,
             "batch_size": self.batch_size,
             "steps_per_epoch": self.steps_per_epoch,
             "max_seq_length": self.max_seq_length,
             "duplicates": vars(self.repeats),
-            "validation": self._json_of(self.valid) if self.valid else None,
+            "validation": self.valid.to_json() if self.valid else None,
             "validation_duplicates": vars(self.leaks) if self.leaks else None,
             "notes": list(self.notes()),
             "faults": [str(fault) for fault in self.faults],
             "fault_count": self.fault_count,
-        }
-
-    def _json_of(self, facts: FileFacts) -> dict[str, Any]:
-        lengths = facts.lengths
-        return {
-            "file": facts.file,
-            "rows": facts.rows,
-            "usable_rows": facts.usable_rows,
-            "forms": dict(facts.forms),
-            "tokens": facts.tokens,
-            "target_tokens": facts.target_tokens,
-            "lengths": {
-                "mean": float(lengths.mean()),
-                "p50": facts.percentile(50),
-                "p95": facts.percentile(95),
-                "max": int(lengths.max()),
-                "histogram": [
-                    {"from": first, "to": last, "rows": rows}
-                    for first, last, rows in histogram(lengths)
-                ],
-            }
-            if len(lengths)
-            else None,
-            "shared_prefix_tokens": facts.shared_prefix_tokens,
-            "shared_prefix": facts.prefix_text,
-            "truncated_rows": facts.truncated_rows,
-            "truncated_tokens": facts.truncated_tokens,
-            "long_rows": facts.long_rows,
-            "bad_rows": facts.bad_rows,
-            "no_target_rows": facts.no_target_rows,
-            "control_rows": facts.control_rows,
-            "control_tokens": facts.control_tokens,
-            "empty_answers": facts.empty_answers,
-            "unused_fields": dict(facts.unused_fields),
-            "shown": [vars(row) for row in facts.shown],
         }
 
 
@@ -306,26 +282,77 @@ def inspect(recipe: Recipe, display: Display, *, show: int = 0) -> Inspection:
         ModelError: the tokenizer cannot encode the rows.
     """
     table = recipe.data
-    with ExitStack() as files:
-        train_rows = files.enter_context(
-            open_rows(assembly.local_file(table.train), limit=table.limit)
+    train_file = assembly.local_file(table.train)
+    valid_file = assembly.local_file(table.valid) if isinstance(table.valid, str) else None
+    tokenizer = models.load_tokenizer(models.resolve(recipe.model.path, recipe.model.revision))
+    encoder = assembly.encoder(table, tokenizer)
+
+    def opened(path: Path, limit: int | None = None) -> Dataset:
+        return examine(
+            path,
+            encoder,
+            limit=limit,
+            on_bad_row=table.on_bad_row,
+            surveyed_rows=None,
+            task=display.task,
         )
-        valid_rows = None
-        if isinstance(table.valid, str):
-            valid_rows = files.enter_context(open_rows(assembly.local_file(table.valid)))
-        folder = models.resolve(recipe.model.path, recipe.model.revision)
-        reader = _Reader(models.load_tokenizer(folder), recipe, display)
-        train = reader.read(train_rows, show)
-        valid = reader.read(valid_rows, 0) if valid_rows else None
-        return Inspection(
-            model=recipe.model.path,
-            train=train,
-            valid=valid,
-            repeats=_repeats(train, train_rows),
-            leaks=_leaks(valid, valid_rows, train, train_rows) if valid and valid_rows else None,
-            batch_size=recipe.train.batch_size,
-            max_seq_length=table.max_seq_length,
-        )
+
+    train = opened(train_file, table.limit)
+    valid = opened(valid_file) if valid_file else None
+    return Inspection(
+        model=recipe.model.path,
+        train=_facts(train, recipe, tokenizer, show, table.valid),
+        valid=_facts(valid, recipe, tokenizer) if valid else None,
+        repeats=_repeats(train),
+        leaks=_leaks(valid, train) if valid else None,
+        batch_size=recipe.train.batch_size,
+        max_seq_length=table.max_seq_length,
+    )
+
+
+def _facts(
+    dataset: Dataset,
+    recipe: Recipe,
+    tokenizer: Any,
+    show: int = 0,
+    held_out: str | float | None = None,
+) -> FileFacts:
+    """A file's facts; there must be rows to train on and, if a fraction is held out, for both."""
+    faults, count = list(dataset.faults.first), dataset.faults.count
+    fraction = held_out if isinstance(held_out, float) else 0.0
+    seed = recipe.train.seed
+    out = int(in_validation(dataset.digests, fraction, seed).sum()) if fraction else 0
+    field, what = "", ""
+    if not len(dataset):
+        what = "" if count else "no row is left to train on"
+    elif fraction and out in (0, len(dataset)):
+        side = "training" if out else "validation"
+        field = "data.valid"
+        what = f"{fraction:g} leaves no row for {side}; name a file, or use more rows"
+    if what:
+        faults, count = [*faults, Fault(str(dataset.file.path), field, what)], count + 1
+
+    def text(tokens: np.ndarray) -> str:
+        return unwrap(tokenizer).decode(tokens, clean_up_tokenization_spaces=False)
+
+    bad = set(dataset.file.bad[:show].tolist())
+    rows = [row for row in range(min(show, len(dataset.file))) if row not in bad]
+    encoded = dataset.encoded(rows)
+
+    def shown(row: int, one: Encoded) -> Shown:
+        tokens, mask = one.tokens, one.loss_mask
+        edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
+        parts = [(text(tokens[a:b]), bool(mask[a])) for a, b in pairwise(edges) if b > a]
+        return Shown(dataset.line(row), len(tokens), int(mask.sum()), parts)
+
+    return FileFacts(
+        dataset,
+        out,
+        text(dataset.survey.prefix),
+        list(map(shown, rows, encoded)),
+        faults,
+        count,
+    )
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -353,164 +380,37 @@ def _round_numbers() -> Iterator[int]:
         power *= 10
 
 
-class _Reader:
-    """Reads, checks, encodes and counts the rows of files."""
-
-    def __init__(self, tokenizer: Any, recipe: Recipe, display: Display) -> None:
-        table = recipe.data
-        self._tokenizer = unwrap(tokenizer)
-        self._recipe = recipe
-        self._table = table
-        self._display = display
-        self._encoder = Encoder(
-            tokenizer,
-            mask_prompt=table.mask_prompt,
-            max_seq_length=table.max_seq_length,
-            system_prompt=table.system_prompt,
-            on_long_row=table.on_long_row,
-        )
-
-    def read(self, rows: RowFile, show: int) -> FileFacts:
-        """Facts of all `rows`, and the text of the first `show`."""
-        facts = FileFacts(str(rows.path))
-        with self._display.task(f"reading {rows.path.name}", len(rows)) as advance:
-            for start in range(0, len(rows), BATCH_ROWS):
-                numbers = range(start, min(start + BATCH_ROWS, len(rows)))
-                parsed = [self._parse(rows, i, facts) for i in numbers]
-                encoded = iter(self._encoder.encode([row for row in parsed if row]))
-                for i, row in zip(numbers, parsed, strict=True):
-                    if row is None:
-                        facts.add_unread()
-                        continue
-                    self._count(facts, row, one := next(encoded), rows.where(i))
-                    if i < show:
-                        facts.shown.append(self._shown(one, rows.line(i)))
-                advance(len(numbers))
-        rows.check_unchanged()
-        facts.rows = len(rows)
-        if facts.prefix is not None:
-            facts.prefix_text = self._text(facts.prefix)
-        self._check_sides(facts)
-        return facts
-
-    def _check_sides(self, facts: FileFacts) -> None:
-        """There must be rows to train on and, where a fraction is held out, to validate on."""
-        fraction = self._recipe.data.valid
-        if not facts.usable_rows:
-            if not facts.fault_count:
-                facts.add_faults(Fault(facts.file, "", "no row is left to train on"))
-        elif isinstance(fraction, float) and facts.held_out_rows in (0, facts.usable_rows):
-            side = "training" if facts.held_out_rows else "validation"
-            what = f"{fraction:g} leaves no row for {side}; name a file, or use more rows"
-            facts.add_faults(Fault(facts.file, "data.valid", what))
-
-    def _parse(self, rows: RowFile, number: int, facts: FileFacts) -> Row | None:
-        faults: tuple[Fault, ...]
-        try:
-            row = parse_row(rows[number], where=rows.where(number))
-        except DataError as error:
-            faults = error.faults
-        else:
-            facts.forms[row.form] += 1
-            first = next(iter(facts.forms))
-            if row.form == first:
-                return row
-            faults = check.faults(rows, number, first)
-        if self._table.on_bad_row == "error":
-            facts.add_faults(*faults)
-        return None
-
-    def _count(self, facts: FileFacts, row: Row, encoded: Encoded, where: str) -> None:
-        facts.digests.append(int.from_bytes(row.digest(), "little"))
-        facts.control_rows += encoded.control_tokens > 0
-        facts.control_tokens += encoded.control_tokens
-        facts.empty_answers += _has_empty_answer(row)
-        if row.unused and len(facts.unused_fields) < _FIELD_NAMES_KEPT:
-            facts.unused_fields.update(row.unused)
-        cut = encoded.truncated_tokens if self._table.on_long_row == "truncate" else 0
-        facts.row_lengths.append(len(encoded.tokens) + cut)
-        if encoded.problem:
-            self._count_problem(facts, encoded, where)
-            return
-        facts.usable_rows += 1
-        facts.held_out_rows += self._is_held_out(row)
-        facts.tokens += len(encoded.tokens)
-        facts.target_tokens += int(encoded.loss_mask.sum())
-        facts.truncated_rows += cut > 0
-        facts.truncated_tokens += cut
-        facts.prefix = _common_prefix(facts.prefix, encoded.tokens)
-
-    def _is_held_out(self, row: Row) -> bool:
-        """Whether a row of the training file is for validation."""
-        fraction = self._recipe.data.valid
-        if not isinstance(fraction, float):
-            return False
-        digest = np.array([check.digest(row.content())], np.uint32)
-        return bool(in_validation(digest, fraction, self._recipe.train.seed)[0])
-
-    def _count_problem(self, facts: FileFacts, encoded: Encoded, where: str) -> None:
-        table = self._table
-        if encoded.truncated_tokens and table.on_long_row != "truncate":
-            facts.long_rows += 1
-            policy, advice = table.on_long_row, 'raise it, or set data.on_long_row = "truncate"'
-        elif len(encoded.tokens):
-            facts.no_target_rows += 1
-            policy, advice = table.on_bad_row, 'raise it, or set data.on_bad_row = "skip"'
-        else:
-            facts.bad_rows += 1
-            policy, advice = table.on_bad_row, 'correct it, or set data.on_bad_row = "skip"'
-        if policy == "error":
-            facts.add_faults(Fault(where, "", f"{encoded.problem}; {advice}"))
-
-    def _shown(self, encoded: Encoded, line: int) -> Shown:
-        tokens, mask = encoded.tokens, encoded.loss_mask
-        edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-        parts = [
-            (self._text(tokens[start:stop]), bool(mask[start])) for start, stop in pairwise(edges)
-        ]
-        return Shown(line, len(tokens), int(mask.sum()), parts)
-
-    def _text(self, tokens: np.ndarray) -> str:
-        return self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-
-def _common_prefix(prefix: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
-    if prefix is None:
-        return tokens
-    length = min(len(prefix), len(tokens))
-    same = prefix[:length] == tokens[:length]
-    return prefix[:length] if same.all() else prefix[: int(same.argmin())]
-
-
-def _has_empty_answer(row: Row) -> bool:
-    return any(
-        message["role"] == "assistant"
-        and not message.get("content")
-        and not message.get("tool_calls")
-        for message in row.messages
-    )
-
-
-def _repeats(facts: FileFacts, rows: RowFile) -> Repeats:
+def _repeats(dataset: Dataset) -> Repeats:
     """Rows with the content of an earlier row of the file."""
-    numbers, digests = facts.content()
+    numbers, digests = _content(dataset)
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[which] != np.arange(len(digests)))
-    pairs = [(numbers[i], numbers[first[which[i]]]) for i in again[:_EXAMPLES]]
-    return Repeats(len(again), [(rows.line(int(i)), rows.line(int(j))) for i, j in pairs])
+    line = dataset.line
+    lines = [
+        (line(int(numbers[i])), line(int(numbers[first[which[i]]]))) for i in again[:_EXAMPLES]
+    ]
+    return Repeats(len(again), lines)
 
 
-def _leaks(valid: FileFacts, valid_rows: RowFile, train: FileFacts, train_rows: RowFile) -> Repeats:
+def _leaks(valid: Dataset, train: Dataset) -> Repeats:
     """Validation rows with the content of a training row."""
-    numbers, digests = valid.content()
-    train_numbers, train_digests = train.content()
+    numbers, digests = _content(valid)
+    train_numbers, train_digests = _content(train)
     leaked = np.flatnonzero(np.isin(digests, train_digests))
-    pairs = [
-        (numbers[i], train_numbers[int((train_digests == digests[i]).argmax())])
+    lines = [
+        (
+            valid.line(int(numbers[i])),
+            train.line(int(train_numbers[int((train_digests == digests[i]).argmax())])),
+        )
         for i in leaked[:_EXAMPLES]
     ]
-    lines = [(valid_rows.line(int(i)), train_rows.line(int(j))) for i, j in pairs]
     return Repeats(len(leaked), lines)
+
+
+def _content(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the rows that can be read, and their digests."""
+    numbers = dataset.survey.rows
+    return numbers, dataset.file.digests[numbers]
 
 
 def _in_words(repeats: Repeats, pattern: str) -> str:

@@ -1,24 +1,20 @@
 """Checked rows -> token ids and loss masks, through the model's own ChatML template.
 
-A rendered conversation is cut at the tokenizer's added tokens, and only the text between them is
+A rendered conversation is split at the tokenizer's added tokens, and only the text between them is
 tokenised: the template alone says what is a control token, never what a row's content spells.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from mlx_tuner.data.rows import Row
+from mlx_tuner.data.rows import ParsedRow
+from mlx_tuner.data.text_encoder import ID_BYTES, TextEncoder, packed
 from mlx_tuner.errors import Fault, ModelError, first_line
 
 LongRowPolicy = Literal["truncate", "skip", "error"]
@@ -27,13 +23,13 @@ START, END = "<|im_start|>", "<|im_end|>"
 HEADER = "assistant\n"
 """In ChatML an assistant's turn is START HEADER answer END; answer and END are the targets."""
 
-CACHED_WORDS = 200_000
-CACHED_WORD_CHARS = 2_000_000
-CACHED_PIECES = 2_000
-CACHED_PIECE_CHARS = 2_000
-"""Bounds of what is remembered between batches, about 50 MB in all."""
 
-_ID_BYTES = 4
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps a row from being trained on."""
+
+    kind: Literal["too long", "without a target", "refused by the template"]
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +44,13 @@ class Encoded:
     """Tokens cut off the end, the row's EOS among them."""
     control_tokens: int = 0
     """Control tokens that the conversation's content spells; they were encoded as text."""
-    problem: str | None = None
+    problem: Problem | None = None
     """Why the row cannot be trained on."""
+
+    @property
+    def length(self) -> int:
+        """Tokens before anything was cut off."""
+        return len(self.tokens) + self.truncated_tokens
 
 
 def unwrap(tokenizer: Any) -> Any:
@@ -73,13 +74,15 @@ class Encoder:
         mask_prompt: bool,
         max_seq_length: int,
         system_prompt: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
         on_long_row: LongRowPolicy = "truncate",
     ) -> None:
         self._tokenizer = unwrap(tokenizer)
+        self._variables = dict(template_variables or {})
         self._mask_prompt = mask_prompt
         self._max_seq_length = max_seq_length
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        self._on_long_row = on_long_row
+        self.on_long_row = on_long_row
 
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -89,29 +92,29 @@ class Encoder:
             if token.lstrip or token.rstrip or token.single_word:
                 what = f"added token {token.content!r} depends on the text around it; not supported"
                 raise ModelError(Fault("", "tokenizer", what))
-        self._text_encoder = _TextEncoder(backend)
-        self._ids = {token.content: _packed([i]) for i, token in added.items()}
+        self._text_encoder = TextEncoder(backend)
+        self._ids = {token.content: packed([i]) for i, token in added.items()}
         self._added_tokens = _any_of(self._ids)
         if eos := self._tokenizer.eos_token:
-            self._ids.setdefault(eos, _packed([self._tokenizer.eos_token_id]))
+            self._ids.setdefault(eos, packed([self._tokenizer.eos_token_id]))
         self._control_tokens = _any_of(t.content for t in added.values() if t.special)
         self._header_ids = self._text_encoder.encode([HEADER])[HEADER]
         self._chat_fault = self._why_no_chat()
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+    def encode(self, rows: Sequence[ParsedRow]) -> list[Encoded]:
         """One `Encoded` for each of `rows`, in their order.
 
         Raises:
             ModelError: a row is a conversation, and the tokenizer has no ChatML template.
         """
-        cuts = self._cut(rows)
-        ids = self._text_encoder.encode({text for cut in cuts for text in cut.pieces[::2]})
-        return [self._encoded(cut, ids) for cut in cuts]
+        rendered = self._rendered(rows)
+        ids = self._text_encoder.encode({text for one in rendered for text in one.pieces[::2]})
+        return [self._encoded(one, ids) for one in rendered]
 
-    # --- Row -> pieces --------------------------------------------------------------------------
+    # --- Row -> rendered ------------------------------------------------------------------------
 
-    def _cut(self, rows: Sequence[Row]) -> list[_Cut]:
-        cuts = [_Cut([]) if row.messages else self._cut_text(row.text) for row in rows]
+    def _rendered(self, rows: Sequence[ParsedRow]) -> list[_Rendered]:
+        rendered = [_Rendered([]) if row.messages else self._text(row.text) for row in rows]
         # transformers renders a batch with one set of tools, and most rows have none.
         plain: dict[int, list[dict[str, Any]]] = {}
         for i, row in enumerate(rows):
@@ -123,32 +126,32 @@ class Encoder:
             if row.tools is None and not self._spells_control(chat):
                 plain[i] = chat
             else:
-                cuts[i] = self._cut_rare_chat(chat, row.tools)
-        for i, cut in zip(plain, self._cut_chats(list(plain.values())), strict=True):
-            cuts[i] = cut
-        return cuts
+                rendered[i] = self._rare_chat(chat, row.tools)
+        for i, one in zip(plain, self._plain_chats(list(plain.values())), strict=True):
+            rendered[i] = one
+        return rendered
 
-    def _cut_text(self, text: str) -> _Cut:
+    def _text(self, text: str) -> _Rendered:
         # A text is already what the model sees: the control tokens that it spells are meant.
         pieces = self._added_tokens.split(text)
         eos = self._tokenizer.eos_token
         if eos and pieces[-2:] != [eos, ""]:
             pieces += [eos, ""]
-        return _Cut(pieces, is_chat=False)
+        return _Rendered(pieces, is_chat=False)
 
-    def _cut_chats(self, chats: list[list[dict[str, Any]]]) -> list[_Cut]:
+    def _plain_chats(self, chats: list[list[dict[str, Any]]]) -> list[_Rendered]:
         try:
             rendered = self._render(chats)
         except Exception as error:
             # The template is the model's code: it may refuse a row in any way it likes.
             if len(chats) == 1:
-                return [_Cut([], problem=_refusal(error))]
-            return [cut for chat in chats for cut in self._cut_chats([chat])]
-        return [_Cut(self._added_tokens.split(text)) for text in rendered]
+                return [_Rendered([], problem=_refusal(error))]
+            return [one for chat in chats for one in self._plain_chats([chat])]
+        return [_Rendered(self._added_tokens.split(text)) for text in rendered]
 
-    def _cut_rare_chat(
+    def _rare_chat(
         self, chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> _Cut:
+    ) -> _Rendered:
         """A conversation with tools, or one that spells control tokens.
 
         What it spells is hidden while the template runs, and put back as text between the
@@ -158,15 +161,17 @@ class Encoder:
         try:
             (rendered,) = self._render([chat], tools)
         except Exception as error:
-            return _Cut([], problem=_refusal(error))
+            return _Rendered([], problem=_refusal(error))
         pieces = self._added_tokens.split(rendered)
         pieces[::2] = [restore(text) for text in pieces[::2]]
-        return _Cut(pieces, control_tokens=hidden)
+        return _Rendered(pieces, control_tokens=hidden)
 
     def _render(
         self, chats: list[list[dict[str, Any]]], tools: list[dict[str, Any]] | None = None
     ) -> list[str]:
-        return self._tokenizer.apply_chat_template(chats, tools=tools, tokenize=False)
+        return self._tokenizer.apply_chat_template(
+            chats, tools=tools, tokenize=False, **self._variables
+        )
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the recipe's system prompt, as every Qwen template takes them."""
@@ -182,47 +187,49 @@ class Encoder:
             for text in (message.values() if len(message) == 2 else _strings(message))
         )
 
-    # --- Pieces -> tokens -----------------------------------------------------------------------
+    # --- Rendered -> tokens ---------------------------------------------------------------------
 
-    def _tokens(self, cut: _Cut, ids: dict[str, bytes]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def _tokens(self, rendered: _Rendered, ids: dict[str, bytes]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The row's tokens, and where each assistant's turn begins and ends among them."""
         parts: list[bytes] = []
         turns: list[tuple[int, int]] = []
         length = 0
         start: int | None = None
-        for i, piece in enumerate(cut.pieces):
+        for i, piece in enumerate(rendered.pieces):
             is_token = i % 2 == 1
             part = self._ids[piece] if is_token else ids[piece]
             parts.append(part)
-            length += len(part) // _ID_BYTES
+            length += len(part) // ID_BYTES
             if not is_token:
                 continue
-            if piece == START and (text := cut.pieces[i + 1]).startswith(HEADER):
+            if piece == START and (text := rendered.pieces[i + 1]).startswith(HEADER):
                 start = length + self._header_length(text, ids[text])
             elif piece == END and start is not None:
                 turns.append((start, length))
                 start = None
         return np.frombuffer(b"".join(parts), np.int32), turns
 
-    def _encoded(self, cut: _Cut, ids: dict[str, bytes]) -> Encoded:
-        tokens, spans = self._tokens(cut, ids)
-        if not (cut.is_chat and self._mask_prompt):
+    def _encoded(self, rendered: _Rendered, ids: dict[str, bytes]) -> Encoded:
+        tokens, spans = self._tokens(rendered, ids)
+        if not (rendered.is_chat and self._mask_prompt):
             spans = [(1, len(tokens))]
         loss_mask = np.zeros(len(tokens), np.bool_)
         for start, stop in spans:
             loss_mask[start:stop] = True
 
-        length, limit, problem = len(tokens), self._max_seq_length, cut.problem
+        length, limit, problem = len(tokens), self._max_seq_length, rendered.problem
         excess = max(length - limit, 0)
-        if excess and self._on_long_row != "truncate":
-            problem = f"{length} tokens, more than data.max_seq_length = {limit}"
+        if excess and self.on_long_row != "truncate":
+            what = f"{length} tokens, more than data.max_seq_length = {limit}"
+            problem, excess = Problem("too long", what), 0
         elif excess:
             tokens, loss_mask = tokens[:limit], loss_mask[:limit]
         if problem is None and not loss_mask.any():
-            problem = "no target tokens"
+            what = "no target tokens"
             if excess:
-                problem += f" within data.max_seq_length = {limit} of its {length} tokens"
-        return Encoded(tokens, loss_mask, excess, cut.control_tokens, problem)
+                what += f" within data.max_seq_length = {limit} of its {length} tokens"
+            problem = Problem("without a target", what)
+        return Encoded(tokens, loss_mask, excess, rendered.control_tokens, problem)
 
     def _header_length(self, turn: str, ids: bytes) -> int:
         """Tokens before the answer's first. One that straddles the border counts as the answer's.
@@ -230,7 +237,7 @@ class Encoder:
         That is how transformers' `char_to_token` sees it.
         """
         if ids.startswith(self._header_ids):
-            return len(self._header_ids) // _ID_BYTES
+            return len(self._header_ids) // ID_BYTES
         return self._text_encoder.token_at(turn, len(HEADER))
 
     def _why_no_chat(self) -> str | None:
@@ -246,133 +253,29 @@ class Encoder:
         ]
         try:
             (rendered,) = self._render([chat])
-            expected = self._tokenizer.apply_chat_template([chat], return_dict=False)[0]
+            (expected,) = self._tokenizer.apply_chat_template(
+                [chat], return_dict=False, **self._variables
+            )
         except Exception as error:
             return f"cannot render a plain conversation: {first_line(error)}"
         answer = rendered.rpartition(START)[2]
         if not (answer.startswith(HEADER) and END in answer):
             return "not ChatML (<|im_start|>assistant … <|im_end|>), which is all that is supported"
-        cut = _Cut(self._added_tokens.split(rendered))
-        tokens, _ = self._tokens(cut, self._text_encoder.encode(cut.pieces[::2]))
+        one = _Rendered(self._added_tokens.split(rendered))
+        tokens, _ = self._tokens(one, self._text_encoder.encode(one.pieces[::2]))
         if tokens.tolist() != expected:
             return "the tokenizer encodes a conversation in a way that is not supported"
         return None
 
 
 @dataclass(slots=True)
-class _Cut:
-    """A row as the model reads it, cut at added tokens: text, token, text, …, text."""
+class _Rendered:
+    """A row as the model reads it, split at added tokens: text, token, text, …, text."""
 
     pieces: list[str]
     is_chat: bool = True
     control_tokens: int = 0
-    problem: str | None = None
-
-
-class _TextEncoder:
-    """Text -> token ids (packed: see `_packed`), where no text is ever an added token.
-
-    ASCII text, such as code, is split into words by the tokenizer's own pattern and each distinct
-    word is tokenised once; other text goes through the tokenizer as it is.
-    """
-
-    def __init__(self, backend: Tokenizer) -> None:
-        # Shares the model with the user's tokenizer, but neither its added tokens nor its
-        # truncation, padding and special tokens.
-        self._tokenizer = Tokenizer(backend.model)
-        if backend.normalizer is not None:
-            self._tokenizer.normalizer = backend.normalizer
-        if backend.pre_tokenizer is not None:
-            self._tokenizer.pre_tokenizer = backend.pre_tokenizer
-        self._pattern = _word_pattern(backend)
-        self._words: dict[str, bytes] = {}
-        self._word_chars = 0
-        self._pieces: dict[str, bytes] = {}
-
-    def encode(self, texts: Iterable[str]) -> dict[str, bytes]:
-        """The token ids of each distinct text."""
-        # A full cache is replaced, not cleared: another thread may be reading it.
-        if len(self._pieces) > CACHED_PIECES:
-            self._pieces = {}
-        known = self._pieces
-        ids: dict[str, bytes] = {}
-        words: dict[str, list[str]] = {}
-        others: list[str] = []
-        for text in texts:
-            if text in known:
-                ids[text] = known[text]
-            elif (split := self._split(text)) is not None:
-                words[text] = split
-            else:
-                others.append(text)
-        ids |= self._by_words(words)
-        ids |= self._directly(others)
-        known |= {text: ids[text] for text in ids if len(text) <= CACHED_PIECE_CHARS}
-        return ids
-
-    def token_at(self, text: str, position: int) -> int:
-        """The index of the token that holds the character at `position`, else of the next one."""
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return next((i for i, (_, stop) in enumerate(offsets) if stop > position), len(offsets))
-
-    def _split(self, text: str) -> list[str] | None:
-        if self._pattern is None or not text.isascii():
-            return None
-        words = self._pattern.findall(text)
-        return words if len("".join(words)) == len(text) else None
-
-    def _by_words(self, words: dict[str, list[str]]) -> dict[str, bytes]:
-        if len(self._words) > CACHED_WORDS or self._word_chars > CACHED_WORD_CHARS:
-            self._words, self._word_chars = {}, 0
-        known = self._words
-        new = set(chain.from_iterable(words.values())).difference(known)
-        known |= self._directly(list(new))
-        self._word_chars += sum(map(len, new))
-        ids = known.__getitem__
-        return {text: b"".join(map(ids, split)) for text, split in words.items()}
-
-    def _directly(self, texts: list[str]) -> dict[str, bytes]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return {text: _packed(one.ids) for text, one in zip(texts, encodings, strict=True)}
-
-
-def _word_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
-    """How a byte-level BPE splits ASCII text into words; None where Python cannot do the same."""
-    if backend.pre_tokenizer is None:
-        return None
-    steps = json.loads(backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])
-    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    if len(patterns) != 1 or patterns[0] is None:
-        return None
-    try:
-        pattern = re.compile(_for_ascii(patterns[0]), re.ASCII)
-    except re.error:
-        return None
-    # Any other way of splitting or normalising shows on text with all ASCII characters in it.
-    probe = "".join(random.Random(0).choices([chr(code) for code in range(128)], k=8_000))
-    normalizer = backend.normalizer
-    if normalizer is not None and normalizer.normalize_str(probe) != probe:
-        return None
-    split = [probe[a:b] for _, (a, b) in backend.pre_tokenizer.pre_tokenize_str(probe)]
-    return pattern if pattern.findall(probe) == split else None
-
-
-def _for_ascii(pattern: str) -> str:
-    """A tokenizer's pattern in Python's syntax, which has no `\\p{…}`; the same on ASCII text."""
-    members = {"\\p{L}": "A-Za-z", "\\p{N}": "0-9", "\\p{M}": r"\x80"}
-    translated, in_class = "", False
-    for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
-        if part in members:
-            translated += members[part] if in_class else f"[{members[part]}]"
-        else:
-            translated += part
-            in_class = part == "[" or (in_class and part != "]")
-    return translated
-
-
-def _packed(ids: Sequence[int]) -> bytes:
-    """Token ids as the bytes of an int32 array, which are joined much faster than lists."""
-    return array("i", ids).tobytes()
+    problem: Problem | None = None
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -424,5 +327,6 @@ def _hide(tokens: re.Pattern[str], value: Any) -> tuple[Any, int, Callable[[str]
     return hidden, len(spelled), restore
 
 
-def _refusal(error: Exception) -> str:
-    return f"the model's chat template refuses it: {first_line(error)}"
+def _refusal(error: Exception) -> Problem:
+    what = f"the model's chat template refuses it: {first_line(error)}"
+    return Problem("refused by the template", what)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
 from queue import Empty, Queue
 from typing import Protocol
 
@@ -19,8 +18,8 @@ _WINDOWS_AHEAD = 2
 class Examples(Protocol):
     """What gives examples by position, such as a `Dataset`."""
 
-    def examples(self, positions: Sequence[int]) -> list[Example]:
-        """An example for each position."""
+    def batches(self, steps: Sequence[Sequence[int]]) -> list[list[Example]]:
+        """The examples at the positions of each of `steps`."""
 
 
 def prefetch(
@@ -39,8 +38,7 @@ def prefetch(
     def work() -> None:
         try:
             for positions in _windows(steps, window):
-                examples = iter(dataset.examples(list(chain.from_iterable(positions))))
-                queue.put([list(islice(examples, len(step))) for step in positions])
+                queue.put(dataset.batches(positions))
                 if stopped.is_set():
                     return
             queue.put(None)
