@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_tuner.data.dataset import Dataset, Task, open_dataset, split, untold
 from mlx_tuner.data.encode import Encoder
 from mlx_tuner.data.order import shuffled
+from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine import lora, memory
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.batching import Example
@@ -122,6 +123,12 @@ def learning_rates(recipe: Recipe, rows: int) -> list[float]:
     ]
 
 
+def eval_every(recipe: Recipe, rows: int) -> int:
+    """Steps between evaluations: ``train.eval_every``, or half an epoch."""
+    half = schedule.steps_per_epoch(rows, recipe.train.batch_size) // 2
+    return recipe.train.eval_every or max(1, half)
+
+
 def row_order(recipe: Recipe, rows: int, first_step: int, steps: int) -> Iterator[Sequence[int]]:
     """The rows of each step from ``first_step`` on: a function of seed, epoch and position."""
     for step in range(first_step, steps):
@@ -182,9 +189,9 @@ def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -
 
 def in_order(dataset: Dataset) -> Iterator[list[Example]]:
     """All rows of a dataset, some at a time."""
-    for first in range(0, len(dataset), EVALUATION_ROWS):
-        last = min(first + EVALUATION_ROWS, len(dataset))
-        yield dataset.examples(range(first, last))
+    firsts = range(0, len(dataset), EVALUATION_ROWS)
+    chunks = (range(first, min(first + EVALUATION_ROWS, len(dataset))) for first in firsts)
+    yield from filter(None, prefetch(dataset, chunks))
 
 
 def micro_batch_tokens(

@@ -122,6 +122,7 @@ class Session:
         """
         self._announce()
         every, steps = self.recipe.train, len(self.learning_rates)
+        eval_every = assembly.eval_every(self.recipe, len(self.data.train))
         status = FINISHED
         if self.progress.step == 0:
             self._look()
@@ -131,7 +132,7 @@ class Session:
                 self._check_finite(result)
                 if step % every.log_every == 0 or step == steps:
                     self._log()
-                if step % every.eval_every == 0 or step == steps:
+                if step % eval_every == 0 or step == steps:
                     self._look()
                 if self._is_stale():
                     status = STOPPED_EARLY
@@ -141,6 +142,10 @@ class Session:
                     self._save()
                 if status != FINISHED:
                     break
+        if late := self.data.train.left_out.late:
+            self._quarantine()
+            rows = plural(late, "row")
+            self.display.note(f"{rows} left out of their steps: see {QUARANTINE}")
         summary = self._finish(status)
         if signal.received and status == STOPPED:
             raise RunStopped(signal.received, self.progress.step, self.run.path)
@@ -180,8 +185,12 @@ class Session:
         if valid is not None and (shared := shared_rows(self.data.train, valid)):
             rows = plural(shared, "validation row")
             self.display.note(f"{rows} trained on as well, so that validation flatters")
-        if self.data.train.quarantined:
-            lines = [entry.to_json() + "\n" for entry in self.data.train.quarantined]
+        self._quarantine()
+
+    def _quarantine(self) -> None:
+        """Name the rows that are left out."""
+        if rows := self.data.train.left_out.first:
+            lines = [row.to_json() + "\n" for row in rows]
             files.write_text(self.run.path / QUARANTINE, "".join(lines))
 
     def _steps(self) -> Iterator[StepResult]:
@@ -195,7 +204,7 @@ class Session:
                 self._examples.append(examples)
                 yield examples
 
-        rates, eval_every = self.learning_rates[first:], self.recipe.train.eval_every
+        rates, eval_every = self.learning_rates[first:], assembly.eval_every(self.recipe, rows)
         steps = train(
             self.trainer,
             batches(),

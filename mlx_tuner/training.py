@@ -51,8 +51,7 @@ def finetune(
     with run:
         kept = run.checkpoint
         folder = models.resolve(recipe.model.path, recipe.model.revision)
-        with display.task("reading the rows"):
-            data = assembly.open_data(recipe, models.load_tokenizer(folder))
+        data = assembly.open_data(recipe, models.load_tokenizer(folder), display.task)
         rates = assembly.learning_rates(recipe, len(data.train))
         same = identity(recipe, data, folder)
         if kept:
@@ -61,14 +60,13 @@ def finetune(
             loaded = models.load(folder)
             assembly.attach_adapter(loaded.model, recipe, kept.path if kept else None)
 
-        longest = assembly.longest_row(recipe, data.train)
         trainer = Trainer(
             loaded.model,
             micro_batch_tokens=assembly.micro_batch_tokens(
                 recipe,
                 loaded.model,
                 loaded.config,
-                longest,
+                data.train.survey.longest,
                 kept.state["micro_batch_tokens"] if kept else None,
             ),
             weight_decay=recipe.train.weight_decay,
@@ -98,18 +96,13 @@ def finetune(
 
 def identity(recipe: Recipe, data: assembly.Data, folder: Path) -> Identity:
     """What a run that goes on must have in common with the one that began."""
-    rows = {"train": _digest(data.train), "valid": data.valid and _digest(data.valid)}
+    rows = {"train": data.train.fingerprint, "valid": data.valid and data.valid.fingerprint}
     # The first step tells whether the rows still come in the order that they came in.
     first = next(iter(assembly.row_order(recipe, len(data.train), 0, 1)))
     rows["order"] = hashlib.sha256(str(list(first)).encode()).hexdigest()
     return Identity(recipe.plain_tables(), rows, fingerprint(folder))
 
 
-def _digest(rows: Dataset) -> str:
-    return f"{rows.facts.fingerprint}-{len(rows)}"
-
-
 def rehearse(trainer: Trainer, dataset: Dataset, batch_size: int) -> None:
     """Run the largest micro-batch that the data can give once, so that memory fails here."""
-    longest = dataset.byte_lengths.argsort()[::-1][:batch_size]
-    trainer.rehearse(dataset.examples(longest.tolist()))
+    trainer.rehearse(dataset.examples(dataset.longest_positions[:batch_size].tolist()))

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from mlx_tuner.cli import main
 from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.data.encode import Encoder
-from mlx_tuner.data.rows import Row, parse_row
+from mlx_tuner.data.rows import ParsedRow, parse_row
 from mlx_tuner.errors import DataError
 from mlx_tuner.models import model
 
@@ -250,13 +250,13 @@ def test_43_a_file_that_changes_meanwhile_is_noticed(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD)
-    load = model.load_tokenizer
+    encode = Encoder.encode
 
-    def load_slowly(folder: Path) -> Any:
+    def encode_slowly(self: Encoder, rows: Any) -> Any:
         path.write_bytes(GOOD * 2)
-        return load(folder)
+        return encode(self, rows)
 
-    monkeypatch.setattr(model, "load_tokenizer", load_slowly)
+    monkeypatch.setattr(Encoder, "encode", encode_slowly)
     result = CliRunner().invoke(main, ["data", str(path)])
     assert result.exit_code == 1
     assert f"mlx-tune: error: {path}: changed while it was in use" in result.stderr
@@ -362,7 +362,7 @@ def mutant(line: bytes, rng: random.Random) -> bytes:
     return line
 
 
-def assert_unchanged(row: Row, value: dict[str, Any]) -> None:
+def assert_unchanged(row: ParsedRow, value: dict[str, Any]) -> None:
     """The row is what plain `json.loads` says that it is."""
     if row.form == "text":
         assert (row.text, row.messages) == (value["text"], [])
@@ -418,8 +418,7 @@ def test_mutated_files_become_datasets_of_exactly_their_good_rows_or_are_refused
         try:
             dataset = open_dataset(
                 path,
-                tokenizer,
-                max_seq_length=500,
+                encoder,
                 on_bad_row="skip" if number % 2 else "error",
                 cache_dir=tmp_path / "cache",
             )
@@ -434,9 +433,9 @@ def test_mutated_files_become_datasets_of_exactly_their_good_rows_or_are_refused
     assert min(opened, refused) > 25
 
 
-def good_rows(content: bytes) -> dict[int, Row]:
+def good_rows(content: bytes) -> dict[int, ParsedRow]:
     """The good rows of a JSONL file, of the first one's form, by their line."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, ParsedRow] = {}
     for line, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         with suppress(DataError):
             row = parse_row(raw, where=f"x:{line}")

@@ -4,7 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner.data import dataset as datasets
+from mlx_tuner.data import dataset as datasets_module
 from mlx_tuner.data.dataset import Dataset, open_dataset, shared_rows, split
 from mlx_tuner.data.encode import Encoder
-from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.order import shuffled
 from mlx_tuner.data.rows import parse_row
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.errors import DataError
@@ -49,16 +50,25 @@ def lines_of(dataset: Dataset) -> list[int]:
     return [dataset.line(example.row) for example in dataset.examples(range(len(dataset)))]
 
 
+def opened(path: Path, tokenizer: Any, **options: Any) -> Dataset:
+    own = {key: options.pop(key) for key in OWN if key in options}
+    return open_dataset(path, Encoder(tokenizer, **{"max_seq_length": 200, **options}), **own)
+
+
+OWN = ("limit", "on_bad_row", "surveyed_rows", "task")
+"""Options of the file; the others are the encoder's."""
+
+
 def refused(path: Path, tokenizer: Any, **options: Any) -> list[str]:
     with pytest.raises(DataError) as caught:
-        open_dataset(path, tokenizer, **{"max_seq_length": 200, **options})
+        opened(path, tokenizer, **options)
     return [str(fault).removeprefix(str(path)) for fault in caught.value.faults]
 
 
 def test_examples_are_the_rows_encoded_with_their_lines(tmp_path, tokenizer):
     content = [row(0), "", row(1), row(2, words=30), "", row(3)]
     path = write(tmp_path, content)
-    dataset = open_dataset(path, tokenizer, max_seq_length=50, mask_prompt=True)
+    dataset = opened(path, tokenizer, max_seq_length=50, mask_prompt=True)
     encoder = Encoder(tokenizer, mask_prompt=True, max_seq_length=50)
     expected = encoder.encode([parse_row(r.encode(), where=":1") for r in content if r])
     examples = dataset.examples([3, 0, 2, 0])
@@ -68,14 +78,14 @@ def test_examples_are_the_rows_encoded_with_their_lines(tmp_path, tokenizer):
         assert example.loss_mask.tolist() == expected[example.row].loss_mask.tolist()
         assert example.tokens.dtype == np.int32
         assert example.loss_mask.any()
-    facts = dataset.facts
-    assert facts.tokens == sum(len(e.tokens) for e in expected)
-    assert facts.target_tokens == sum(int(e.loss_mask.sum()) for e in expected)
-    assert (facts.truncated_rows, facts.truncated_tokens) == (1, expected[2].truncated_tokens)
-    assert dataset.notes == [
-        f"1 row cut short by {facts.truncated_tokens} tokens in all, the end of the turn among them"
-    ]
-    assert dataset.byte_lengths.argmax() == 2
+    assert dataset.tokens == sum(len(e.tokens) for e in expected)
+    assert dataset.target_tokens == sum(int(e.loss_mask.sum()) for e in expected)
+    (note,) = dataset.notes
+    lost = expected[2].truncated_tokens
+    assert note.startswith(f"1 row cut: {lost} tokens and the end of the turn are lost")
+    assert note.endswith(f"data.max_seq_length = {50 + lost} keeps all")
+    assert dataset.longest_positions[0] == 2
+    assert dataset.survey.longest == 50
     with pytest.raises(IndexError):
         dataset.examples([4])
 
@@ -87,22 +97,20 @@ def test_all_kinds_of_files_give_the_same_examples(tmp_path, tokenizer):
     (tmp_path / "rows.json").write_text(array)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     (tmp_path / "rows.json.gz").write_bytes(gzip.compress(array.encode()))
-    opened = [
-        open_dataset(path, tokenizer, max_seq_length=200) for path in sorted(tmp_path.iterdir())
-    ]
-    assert len(opened) == 4
-    first = opened[0].examples(range(5))
-    for dataset in opened[1:]:
-        assert dataset.facts.fingerprint == opened[0].facts.fingerprint
+    datasets = [opened(path, tokenizer) for path in sorted(tmp_path.iterdir())]
+    assert len(datasets) == 4
+    first = datasets[0].examples(range(5))
+    for dataset in datasets[1:]:
+        assert dataset.fingerprint == datasets[0].fingerprint
         for one, other in zip(first, dataset.examples(range(5)), strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
-            assert dataset.line(one.row) == opened[0].line(other.row)
+            assert dataset.line(one.row) == datasets[0].line(other.row)
 
 
 def test_a_limit_takes_the_first_rows_and_looks_at_no_other(tmp_path, tokenizer):
     path = write(tmp_path, [*map(row, range(5)), "{ bad"])
-    assert lines_of(open_dataset(path, tokenizer, max_seq_length=200, limit=5)) == [1, 2, 3, 4, 5]
-    assert lines_of(open_dataset(path, tokenizer, max_seq_length=200, limit=2)) == [1, 2]
+    assert lines_of(opened(path, tokenizer, limit=5)) == [1, 2, 3, 4, 5]
+    assert lines_of(opened(path, tokenizer, limit=2)) == [1, 2]
     assert len(refused(path, tokenizer, limit=6)) == 1
 
 
@@ -129,33 +137,33 @@ def test_of_many_bad_rows_twenty_lines_are_shown(tmp_path, tokenizer):
 
 def test_bad_rows_can_be_skipped_and_are_kept_with_their_reasons(tmp_path, tokenizer):
     path = write(tmp_path, [BAD[0], row(1), BAD[1], BAD[2], row(2), BAD[3]])
-    dataset = open_dataset(path, tokenizer, max_seq_length=200, on_bad_row="skip")
+    dataset = opened(path, tokenizer, on_bad_row="skip")
     assert len(dataset) == 2
     assert lines_of(dataset) == [2, 5]
-    assert dataset.facts.bad_rows == 4
-    entries = [json.loads(entry.to_json()) for entry in dataset.quarantined]
+    assert dataset.left_out.counts == {"cannot be read": 4}
+    entries = [json.loads(entry.to_json()) for entry in dataset.left_out.first]
     assert [entry["line"] for entry in entries] == [1, 3, 4, 6]
     assert entries[1]["reason"].startswith("completion: missing")
     assert dataset.notes == ["4 rows left out: 4 cannot be read"]
-    assert len(dataset.byte_lengths) == len(dataset.digests) == 2
+    assert len(dataset.digests) == 2
 
 
 def test_quarantine_is_capped_and_counted(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(datasets, "QUARANTINE_KEPT", 3)
+    monkeypatch.setattr(datasets_module, "QUARANTINE_KEPT", 3)
     path = write(tmp_path, [row(0), *["{"] * 10])
-    dataset = open_dataset(path, tokenizer, max_seq_length=200, on_bad_row="skip")
-    assert [entry.line for entry in dataset.quarantined] == [2, 3, 4]
-    assert dataset.facts.bad_rows == 10
+    dataset = opened(path, tokenizer, on_bad_row="skip")
+    assert [entry.line for entry in dataset.left_out.first] == [2, 3, 4]
+    assert dataset.left_out.counts == {"cannot be read": 10}
 
 
 def test_rows_too_long_follow_their_policy(tmp_path, tokenizer):
     path = write(tmp_path, [row(0), row(1, words=100), row(2)])
-    assert len(open_dataset(path, tokenizer, max_seq_length=50)) == 3
-    skipping = open_dataset(path, tokenizer, max_seq_length=50, on_long_row="skip")
+    assert len(opened(path, tokenizer, max_seq_length=50)) == 3
+    skipping = opened(path, tokenizer, max_seq_length=50, on_long_row="skip")
     assert lines_of(skipping) == [1, 3]
-    assert skipping.facts.long_rows == 1
-    assert skipping.facts.truncated_rows == 0
-    assert skipping.quarantined[0].reason.endswith("tokens, more than data.max_seq_length = 50")
+    assert skipping.left_out.counts == {"too long": 1}
+    assert skipping.survey.truncated_rows == 0
+    assert skipping.left_out.first[0].reason.endswith("tokens, more than data.max_seq_length = 50")
     (fault,) = refused(path, tokenizer, max_seq_length=50, on_long_row="error")
     assert fault.startswith(":2: ")
     assert "more than data.max_seq_length = 50" in fault
@@ -166,9 +174,9 @@ def test_rows_without_a_target_are_refused_or_skipped_never_trained_on(tmp_path,
     path = write(tmp_path, [row(0), long_prompt, row(2)])
     (fault,) = refused(path, tokenizer, max_seq_length=50)
     assert fault.startswith(":2: no target tokens within data.max_seq_length = 50")
-    dataset = open_dataset(path, tokenizer, max_seq_length=50, on_bad_row="skip")
+    dataset = opened(path, tokenizer, max_seq_length=50, on_bad_row="skip")
     assert lines_of(dataset) == [1, 3]
-    assert dataset.facts.no_target_rows == 1
+    assert dataset.left_out.counts == {"without a target": 1}
 
 
 @pytest.mark.parametrize("rows", [BAD[:3], [json.dumps({"prompt": "w " * 99, "completion": ""})]])
@@ -180,52 +188,97 @@ def test_a_file_of_which_nothing_is_left_is_refused(tmp_path, tokenizer, rows):
 
 def test_control_tokens_that_rows_spell_are_counted(tmp_path, tokenizer):
     spelled = json.dumps({"prompt": "<|im_end|> and <|im_start|>", "completion": "yes"})
-    dataset = open_dataset(write(tmp_path, [row(0), spelled]), tokenizer, max_seq_length=200)
-    assert dataset.facts.control_rows == 1
-    assert dataset.notes == ["1 row with control tokens in the content: taken as text"]
+    dataset = opened(write(tmp_path, [row(0), spelled]), tokenizer)
+    assert dataset.survey.control_rows == 1
+    note = "1 row with 2 control tokens in its content, which are taken as text"
+    assert dataset.notes == [note]
 
 
-# --- Files too large to encode before the first step --------------------------------------------
+# --- Rows beyond the survey -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def large(monkeypatch):
-    """Any file is too large to be encoded whole; a template adds nothing to speak of."""
-
-    def settle(bytes_of_rows: int) -> None:
-        monkeypatch.setattr(datasets, "SETTLED_BYTES", bytes_of_rows)
-        monkeypatch.setattr(datasets, "_TEMPLATE_TOKENS", 0)
-
-    return settle
-
-
-def test_of_a_large_file_only_rows_that_may_be_too_long_are_encoded(tmp_path, tokenizer, large):
-    path = write(tmp_path, [row(0), row(1, 200), row(2, 20), row(3, 200), row(4)])
-    large(2200)
-    dataset = open_dataset(path, tokenizer, max_seq_length=200, on_long_row="skip")
-    assert dataset.facts.encoded_rows == 2
-    assert lines_of(dataset) == [1, 3, 5]
+def test_figures_of_a_file_longer_than_the_survey_are_estimates(tmp_path, tokenizer):
+    path = write(tmp_path, [row(i, words=i % 3) for i in range(100, 160)])
+    whole, part = opened(path, tokenizer), opened(path, tokenizer, surveyed_rows=6)
+    assert (whole.is_counted, part.is_counted) == (True, False)
+    surveyed = [len(e.tokens) for e in whole.examples(range(6))]
+    assert part.tokens == round(sum(surveyed) / 6 * 60)
+    assert part.survey.longest == max(surveyed)
+    assert part.tokens == whole.tokens  # here the first rows are like the others
 
 
-def test_beyond_the_budget_the_next_row_stands_in_for_one_that_is_unusable(
-    tmp_path, tokenizer, large
+def test_notes_of_a_file_longer_than_the_survey_say_what_they_are_of(tmp_path, tokenizer):
+    path = write(tmp_path, [row(i, words=100) for i in range(9)])
+    (note,) = opened(path, tokenizer, max_seq_length=50, surveyed_rows=4).notes
+    assert note.startswith("of the first 4 rows, 4 rows cut: ")
+
+
+def test_a_row_beyond_the_survey_that_is_unusable_is_left_out_of_its_step_and_named(
+    tmp_path, tokenizer
 ):
-    path = write(tmp_path, [row(0), row(1, 100), row(2, 100), row(3), row(4, 100)])
-    large(0)
-    dataset = open_dataset(path, tokenizer, max_seq_length=50, on_long_row="skip")
-    assert len(dataset) == 5
-    assert lines_of(dataset) == [1, 4, 4, 4, 1]
-    assert dataset.replaced_rows == 4
-    (faults, *_) = refused(path, tokenizer, max_seq_length=50, on_long_row="error")
-    assert faults.startswith(":2: ")
+    rows = [row(0), row(1, 100), row(2), row(3, 100), row(4), json.dumps({"prompt": "w " * 99})]
+    rows[-1] = json.dumps({"prompt": "word " * 99, "completion": "x"})
+    path = write(tmp_path, rows)
+    options = {"max_seq_length": 50, "on_bad_row": "skip", "on_long_row": "skip"}
+    dataset = opened(path, tokenizer, surveyed_rows=2, **options)
+    assert len(dataset) == 5  # the survey has seen row 1
+    assert dataset.left_out.counts == {"too long": 1}
+    steps = [[0, 1], [2], [3, 4], [2, 3]]
+    for _ in range(2):
+        found = [[e.row for e in step] for step in prefetch(dataset, steps)]
+        assert found == [[0, 2], [], [4], [4]]
+    assert dataset.left_out.counts == {"too long": 3}
+    assert dataset.left_out.late == 2
+    assert [entry.line for entry in dataset.left_out.first] == [2, 4, 6]
 
 
-def test_a_large_file_without_any_usable_row_is_refused_when_that_shows(tmp_path, tokenizer, large):
-    path = write(tmp_path, [row(i, 100) for i in range(3)])
-    large(0)
-    dataset = open_dataset(path, tokenizer, max_seq_length=50, on_long_row="skip")
-    with pytest.raises(DataError, match="none of its 3 rows can be trained on"):
-        dataset.examples([0])
+def test_long_rows_that_are_errors_are_looked_for_to_the_end(tmp_path, tokenizer):
+    path = write(tmp_path, [row(0), row(1), row(2), row(3, 100)])
+    (fault,) = refused(path, tokenizer, max_seq_length=50, on_long_row="error", surveyed_rows=1)
+    assert fault.startswith(":4: ")
+
+
+def test_parts_have_figures_of_their_own(tmp_path, tokenizer):
+    path = write(tmp_path, [row(i, words=i) for i in range(30)])
+    train, valid = split(opened(path, tokenizer), 0.3, 0)
+    for part in (train, valid):
+        examples = part.examples(range(len(part)))
+        assert part.tokens == sum(len(e.tokens) for e in examples)
+        assert part.target_tokens == sum(int(e.loss_mask.sum()) for e in examples)
+        assert len(part.examples(part.longest_positions[:1].tolist())[0].tokens) == max(
+            len(e.tokens) for e in examples
+        )
+
+
+def test_what_is_surveyed_is_shown_where_a_file_is_large(tmp_path, tokenizer, monkeypatch):
+    path, told = write(tmp_path, map(row, range(300))), []
+
+    @contextmanager
+    def task(what: str, total: int) -> Iterator[Any]:
+        done: list[int] = []
+        yield done.append
+        told.append((what, total, sum(done)))
+
+    opened(path, tokenizer, task=task)
+    assert told == []
+    monkeypatch.setattr(datasets_module, "TOLD_FROM_BYTES", 0)
+    opened(path, tokenizer, task=task)
+    assert [what for what, _, _ in told] == ["checking rows.jsonl", "surveying rows.jsonl"]
+    assert told[0][1] == path.stat().st_size
+    assert told[1][1:] == (300, 300)
+
+
+# --- The fingerprint ------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_the_usable_rows_and_their_order(tmp_path, tokenizer):
+    def of(*lines: str) -> str:
+        return opened(write(tmp_path, lines), tokenizer, on_bad_row="skip").fingerprint
+
+    first = of(row(0), row(1))
+    assert of(row(0), "{", row(1)) == first
+    assert of(json.dumps({"id": 1, **json.loads(row(0))}), row(1)) == first
+    assert len({first, of(row(1), row(0)), of(row(0)), of(row(0), row(1), row(1))}) == 4
 
 
 # --- A file that changes --------------------------------------------------------------------------
@@ -233,7 +286,7 @@ def test_a_large_file_without_any_usable_row_is_refused_when_that_shows(tmp_path
 
 def test_a_file_that_changes_during_a_run_stops_it(tmp_path, tokenizer):
     path = write(tmp_path, [row(i) for i in range(10)])
-    dataset = open_dataset(path, tokenizer, max_seq_length=200)
+    dataset = opened(path, tokenizer)
     stream = prefetch(dataset, ([i % 10] for i in range(10**6)), window=4)
     next(stream)
     write(tmp_path, [row(i) for i in range(9)])
@@ -249,11 +302,11 @@ def test_an_interrupted_run_streams_the_rows_of_an_uninterrupted_one(tmp_path, t
     steps = total_steps(23, 4, 3, None)
 
     def streamed(first: int, last: int) -> list[int]:
-        dataset = open_dataset(path, tokenizer, max_seq_length=200, on_bad_row="skip")
+        dataset = opened(path, tokenizer, on_bad_row="skip")
         order = []
         for step in range(first, last):
             epoch, start, stop = rows_of_step(step, len(dataset), 4)
-            order.append(Permutation(5, epoch, len(dataset)).slice(start, stop).tolist())
+            order.append(shuffled(5, epoch, len(dataset))[start:stop].tolist())
         steps_of = prefetch(dataset, order, window=7)
         return [dataset.line(example.row) for step in steps_of for example in step]
 
@@ -276,7 +329,7 @@ def test_equal_rows_are_on_one_side_and_new_rows_move_no_old_one(
     tmp_path, tokenizer, old, new, seed
 ):
     def sides(numbers: list[int]) -> tuple[set[bytes], set[bytes]] | None:
-        dataset = open_dataset(write(tmp_path, map(row, numbers)), tokenizer, max_seq_length=200)
+        dataset = opened(write(tmp_path, map(row, numbers)), tokenizer)
         try:
             parts = split(dataset, 0.3, seed)
         except DataError:
@@ -297,14 +350,14 @@ def test_equal_rows_are_on_one_side_and_new_rows_move_no_old_one(
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused(tmp_path, tokenizer):
-    dataset = open_dataset(write(tmp_path, [row(0)] * 5), tokenizer, max_seq_length=200)
+    dataset = opened(write(tmp_path, [row(0)] * 5), tokenizer)
     with pytest.raises(DataError, match=r"data.valid: 0.5 of 5 rows leaves none for"):
         split(dataset, 0.5, 0)
 
 
 def test_parts_of_a_file_with_bad_rows_are_its_good_ones(tmp_path, tokenizer):
     path = write(tmp_path, [BAD[0], *map(row, range(30)), BAD[1]])
-    dataset = open_dataset(path, tokenizer, max_seq_length=200, on_bad_row="skip")
+    dataset = opened(path, tokenizer, on_bad_row="skip")
     train, valid = split(dataset, 0.3, 0)
     assert sorted(lines_of(train) + lines_of(valid)) == list(range(2, 32))
     assert min(len(train), len(valid)) > 3
@@ -313,8 +366,7 @@ def test_parts_of_a_file_with_bad_rows_are_its_good_ones(tmp_path, tokenizer):
 def test_validation_rows_that_are_trained_on_are_counted(tmp_path, tokenizer):
     train = write(tmp_path, [row(i) for i in range(10)], "train.jsonl")
     valid = write(tmp_path, [row(3), row(50), row(7), row(7)], "valid.jsonl")
-    opened = [open_dataset(path, tokenizer, max_seq_length=200) for path in (train, valid)]
-    assert shared_rows(*opened) == 3
+    assert shared_rows(*(opened(path, tokenizer) for path in (train, valid))) == 3
 
 
 # --- Size -----------------------------------------------------------------------------------------
@@ -325,7 +377,8 @@ from pathlib import Path
 import numpy as np
 from mlx_tuner.models import model
 from mlx_tuner.data.dataset import open_dataset, split
-from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.encode import Encoder
+from mlx_tuner.data.order import shuffled
 from mlx_tuner.data.stream import prefetch
 
 def resident():
@@ -335,18 +388,17 @@ def resident():
 
 folder = Path(sys.argv[1])
 tokenizer = model.load_tokenizer(model.resolve("builtin:tiny-qwen"))
-warm = open_dataset(folder / "small.jsonl", tokenizer, max_seq_length=256, cache_dir=folder)
+encoder = Encoder(tokenizer, max_seq_length=256)
+warm = open_dataset(folder / "small.jsonl", encoder)
 warm.examples([0])
 before = resident()
-data, valid = split(
-    open_dataset(folder / "rows.jsonl", tokenizer, max_seq_length=256, cache_dir=folder), 0.1, 1
-)
-order = Permutation(0, 0, len(data))
-steps = (order.slice(i, i + 8).tolist() for i in range(0, 1600, 8))
+data, valid = split(open_dataset(folder / "rows.jsonl", encoder, surveyed_rows=2000), 0.1, 1)
+order = shuffled(0, 0, len(data))
+steps = (order[i:i + 8].tolist() for i in range(0, 1600, 8))
 for examples in prefetch(data, steps):
     assert len(examples) == 8
-for row in data._file.scan(0, len(data._file)):
-    pass
+for row in range(len(data.file)):
+    data.file[row]
 print(resident() - before, len(data) + len(valid))
 """
 

@@ -18,9 +18,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from mlx_tuner.data import encode
+from mlx_tuner.data import text_encoder
 from mlx_tuner.data.encode import Encoded, Encoder
-from mlx_tuner.data.rows import Row, parse_row
+from mlx_tuner.data.rows import ParsedRow, parse_row
 from mlx_tuner.errors import ModelError
 
 USER_ASSISTANT_BRANCH = """\
@@ -223,15 +223,15 @@ def tiny(root: Path) -> Any:
     return AutoTokenizer.from_pretrained(root / "mlx_tuner" / "builtin" / "tiny-qwen")
 
 
-def row(value: dict[str, Any]) -> Row:
+def row(value: dict[str, Any]) -> ParsedRow:
     return parse_row(json.dumps(value).encode(), where="rows.jsonl:1")
 
 
-def chat(user: str, assistant: str) -> Row:
+def chat(user: str, assistant: str) -> ParsedRow:
     return row({"prompt": user, "completion": assistant})
 
 
-def encode_one(tokenizer: Any, one: Row, **settings: Any) -> Encoded:
+def encode_one(tokenizer: Any, one: ParsedRow, **settings: Any) -> Encoded:
     settings = {"mask_prompt": True, "max_seq_length": 100_000} | settings
     (encoded,) = Encoder(tokenizer, **settings).encode([one])
     return encoded
@@ -241,7 +241,7 @@ def targets(tokenizer: Any, encoded: Encoded) -> str:
     return tokenizer.decode(encoded.tokens[encoded.loss_mask])
 
 
-def assert_as_transformers(encoded: Encoded, one: Row, plain: Any, tagged: Any) -> None:
+def assert_as_transformers(encoded: Encoded, one: ParsedRow, plain: Any, tagged: Any) -> None:
     expected = tagged.apply_chat_template(
         one.messages, tools=one.tools, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -276,7 +276,7 @@ def test_ids_and_mask_equal_transformers_on_any_text(
     for question, answer in turns:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
-    one = Row("messages", messages)
+    one = ParsedRow("messages", messages)
     assert_as_transformers(encode_one(qwen, one), one, qwen, tagged)
 
 
@@ -322,6 +322,25 @@ def test_a_system_prompt_is_put_before_conversations_that_have_none(tiny: Any) -
     first, second = Encoder(tiny, **settings).encode([chat("a", "b"), own])
     assert tiny.decode(first.tokens).startswith("<|im_start|>system\nHey<|im_end|>\n<|im_start|>us")
     assert tiny.decode(second.tokens).startswith("<|im_start|>system\nmine<|im_end|>\n")
+
+
+def test_variables_of_the_recipe_reach_the_template(tiny: Any) -> None:
+    asked = (
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "<think></think>{% endif %}<|im_end|>"
+    )
+    tiny.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        + asked
+        + "\n{% endfor %}"
+    )
+    one = chat("a", "b")
+    plain = encode_one(tiny, one)
+    without = encode_one(tiny, one, template_variables={"enable_thinking": False})
+    assert targets(tiny, plain) == "b<|im_end|>"
+    assert targets(tiny, without) == "b<think></think><|im_end|>"
+    expected = tiny.apply_chat_template(one.messages, return_dict=False, enable_thinking=False)
+    assert without.tokens.tolist() == expected
 
 
 # --- Control tokens inside content --------------------------------------------------------------
@@ -425,16 +444,17 @@ def test_other_policies_say_that_a_row_is_too_long(tiny: Any, policy: Any) -> No
     length = len(encode_one(tiny, one).tokens)
     assert encode_one(tiny, one, max_seq_length=length, on_long_row=policy).problem is None
     encoded = encode_one(tiny, one, max_seq_length=length - 1, on_long_row=policy)
-    assert encoded.problem == f"{length} tokens, more than data.max_seq_length = {length - 1}"
+    assert encoded.problem is not None
+    assert encoded.problem.what == f"{length} tokens, more than data.max_seq_length = {length - 1}"
 
 
 def test_a_row_whose_targets_are_all_cut_off_is_a_problem(tiny: Any) -> None:
     one = chat("a long question " * 10, "answer")
     length = len(encode_one(tiny, one).tokens)
     encoded = encode_one(tiny, one, max_seq_length=8)
-    assert (
-        encoded.problem == f"no target tokens within data.max_seq_length = 8 of its {length} tokens"
-    )
+    assert encoded.problem is not None
+    what = f"no target tokens within data.max_seq_length = 8 of its {length} tokens"
+    assert encoded.problem.what == what
 
 
 # --- Templates and tokenizers -------------------------------------------------------------------
@@ -484,7 +504,7 @@ def test_a_row_that_the_template_refuses_is_a_problem_of_that_row_alone(tiny: An
     )
     encoder = Encoder(tiny, mask_prompt=True, max_seq_length=99)
     encoded = encoder.encode([chat("good", "x"), chat("bad", "x"), chat("fine", "x")])
-    assert [e.problem for e in encoded] == [
+    assert [e.problem and e.problem.what for e in encoded] == [
         None,
         "the model's chat template refuses it: no bad words",
         None,
@@ -530,7 +550,7 @@ def test_a_tokenizer_whose_words_we_cannot_find_is_used_as_it_is(
 ) -> None:
     one = chat("def f(x): return 'x'", "It's 1234  \n\n ok")
     expected = encode_one(tiny, one).tokens.tolist()
-    monkeypatch.setattr(encode, "_word_pattern", lambda backend: None)
+    monkeypatch.setattr(text_encoder, "_word_pattern", lambda backend: None)
     assert encode_one(tiny, one).tokens.tolist() == expected
 
 
@@ -541,8 +561,8 @@ def test_full_caches_change_nothing_even_with_several_threads(
     expected = [
         e.tokens.tolist() for e in Encoder(tiny, mask_prompt=True, max_seq_length=99).encode(rows)
     ]
-    monkeypatch.setattr(encode, "CACHED_WORDS", 3)
-    monkeypatch.setattr(encode, "CACHED_PIECES", 3)
+    monkeypatch.setattr(text_encoder, "CACHED_WORDS", 3)
+    monkeypatch.setattr(text_encoder, "CACHED_PIECES", 3)
     encoder = Encoder(tiny, mask_prompt=True, max_seq_length=99)
     found: dict[int, list[list[int]]] = {}
 

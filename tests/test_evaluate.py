@@ -22,6 +22,7 @@ from mlx_tuner.commands.evaluate import (
     questions,
 )
 from mlx_tuner.data.dataset import open_dataset
+from mlx_tuner.data.encode import Encoder
 from mlx_tuner.errors import DataError, UsageError
 from mlx_tuner.models.adapter import write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
@@ -147,7 +148,9 @@ def test_an_answer_that_ends_within_the_limit_has_stopped(limit, ended):
 def test_answers_side_by_side_are_mlx_lms_one_by_one(model_type, root, tmp_path):
     folder = BUILTIN if model_type == "builtin" else write_model(tmp_path / "m", model_type)
     tokenizer, model = load_tokenizer(folder), load_model(folder)[0]
-    rows = open_dataset(root / "data" / "python_valid.jsonl", tokenizer, max_seq_length=512)
+    rows = open_dataset(
+        root / "data" / "python_valid.jsonl", Encoder(tokenizer, max_seq_length=512)
+    )
     asked = questions(tokenizer, rows.examples(range(3)))
     limit = 60 if model_type == "builtin" else 12
     found = answer_all(model, tokenizer, [q.prompt for q in asked], limit)
@@ -175,7 +178,7 @@ CHATS = [
 def test_a_question_is_a_row_up_to_its_last_answer(tmp_path):
     tokenizer = load_tokenizer(BUILTIN)
     file = write_rows(tmp_path / "rows.jsonl", [{"messages": chat} for chat in CHATS])
-    dataset = open_dataset(file, tokenizer, max_seq_length=512, mask_prompt=False)
+    dataset = open_dataset(file, Encoder(tokenizer, max_seq_length=512, mask_prompt=False))
     first, second = questions(tokenizer, dataset.examples([0, 1]))
     assert (first.answer, second.answer) == ("\n\nb", "c d")
     assert first.prompt == tokenizer.apply_chat_template(CHATS[0][:1], add_generation_prompt=True)

@@ -82,8 +82,8 @@ def test_rows_forms_tokens_and_steps_are_those_of_transformers(file: Path, token
     assert found.train.rows == found.train.usable_rows == 3
     assert found.train.forms == {"prompt": 3}
     assert found.train.lengths.tolist() == lengths
-    assert found.train.tokens == sum(lengths)
-    assert found.train.target_tokens == sum(targets_of(tokenizer, row) for row in ROWS)
+    assert found.train.dataset.tokens == sum(lengths)
+    assert found.train.dataset.target_tokens == sum(targets_of(tokenizer, row) for row in ROWS)
     assert found.steps_per_epoch == 2
     assert found.fault_count == 0
 
@@ -92,8 +92,7 @@ def test_the_prefix_that_all_rows_share_is_the_longest_one(file: Path, tokenizer
     columns = zip(*(ids_of(tokenizer, row) for row in ROWS), strict=False)
     prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
     found = look(file)
-    assert found.train.prefix is not None
-    assert found.train.prefix.tolist() == prefix
+    assert found.train.dataset.survey.prefix.tolist() == prefix
     assert found.train.prefix_text == tokenizer.decode(prefix)
 
 
@@ -108,8 +107,9 @@ def test_truncation_is_counted_row_by_row(file: Path, tokenizer: Any) -> None:
     lengths = [len(ids_of(tokenizer, row)) for row in ROWS]
     limit = sorted(lengths)[1]
     found = look(file, f"data.max_seq_length={limit}")
-    assert (found.train.truncated_rows, found.train.truncated_tokens) == (1, max(lengths) - limit)
-    assert found.train.tokens == sum(lengths) - found.train.truncated_tokens
+    survey = found.train.dataset.survey
+    assert (survey.truncated_rows, survey.truncated_tokens) == (1, max(lengths) - limit)
+    assert found.train.dataset.tokens == sum(lengths) - survey.truncated_tokens
     assert found.train.lengths.tolist() == lengths
     assert found.fault_count == 0
     (note,) = (note for note in found.notes() if "lost" in note)
@@ -120,7 +120,7 @@ def test_rows_too_long_are_skipped_or_refused_by_policy(file: Path, tokenizer: A
     limit = sorted(len(ids_of(tokenizer, row)) for row in ROWS)[1]
     settings = f"data.max_seq_length={limit}"
     skipped = look(file, settings, "data.on_long_row=skip")
-    assert (skipped.train.usable_rows, skipped.train.long_rows) == (2, 1)
+    assert (skipped.train.usable_rows, skipped.train.problems["too long"]) == (2, 1)
     assert skipped.fault_count == 0
     refused = look(file, settings, "data.on_long_row=error")
     (fault,) = refused.faults
@@ -132,7 +132,7 @@ def test_rows_without_targets_are_refused_or_skipped_by_policy(tmp_path: Path) -
     long_question = {"prompt": "why? " * 200, "completion": "so"}
     file = write(tmp_path / "rows.jsonl", [*ROWS, long_question])
     refused = look(file, "data.max_seq_length=150")
-    assert refused.train.no_target_rows == 1
+    assert refused.train.problems["without a target"] == 1
     assert [str(fault).startswith(f"{file}:4: no target") for fault in refused.faults] == [True]
     skipped = look(file, "data.max_seq_length=150", "data.on_bad_row=skip")
     assert (skipped.train.usable_rows, skipped.fault_count) == (3, 0)
@@ -161,10 +161,12 @@ def test_what_is_reported_is_what_a_run_would_open(file: Path, tmp_path: Path) -
     opened = open_data(recipe, load_tokenizer(resolve("builtin:tiny-qwen")))
     assert opened.valid is not None
     assert (found.train_rows, found.train.held_out_rows) == (len(opened.train), len(opened.valid))
-    facts = opened.train.facts
-    assert (found.train.tokens, found.train.target_tokens) == (facts.tokens, facts.target_tokens)
-    assert (found.train.long_rows, found.train.bad_rows) == (facts.long_rows, facts.bad_rows)
-    assert found.train.long_rows > 9
+    parts = (opened.train, opened.valid)
+    assert found.train.dataset.tokens == sum(part.tokens for part in parts)
+    assert found.train.dataset.target_tokens == sum(part.target_tokens for part in parts)
+    counts = opened.train.left_out.counts
+    assert found.train.problems["too long"] == counts["too long"] > 9
+    assert found.train.bad_rows == counts["cannot be read"]
 
 
 def test_duplicates_are_named_by_their_lines_however_they_are_written(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_row_of_another_form_than_the_first_is_refused(tmp_path: Path) -> None
     (fault,) = found.faults
     assert fault.where.endswith("rows.jsonl:2")
     assert "a `text` row, but the rows before it are `prompt` rows" in fault.what
-    assert found.train.forms == {"prompt": 1, "text": 1}
+    assert found.train.forms == {"prompt": 1}
 
 
 def test_faults_of_the_validation_file_count_as_well(file: Path, tmp_path: Path) -> None:

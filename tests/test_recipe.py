@@ -73,6 +73,7 @@ def test_a_minimal_recipe_has_the_documented_defaults() -> None:
         "mask_prompt": True,
         "max_seq_length": 2048,
         "system_prompt": None,
+        "chat_template": {},
         "on_bad_row": "error",
         "on_long_row": "truncate",
     }
@@ -636,10 +637,31 @@ def test_a_relative_recipe_written_back_means_the_same_elsewhere(root: Path) -> 
         assert getattr(again, table) == getattr(recipe, table)
 
 
+@pytest.mark.parametrize("written", ["inline", "as a table", "overridden"])
+def test_variables_of_the_chat_template_are_plain_values_and_written_back(written: str) -> None:
+    table = {
+        "inline": MINIMAL.replace(
+            "[data]", '[data]\nchat_template = {enable_thinking = false, style = "x"}'
+        ),
+        "as a table": MINIMAL + '\n[data.chat_template]\nenable_thinking = false\nstyle = "x"\n',
+        "overridden": MINIMAL,
+    }[written]
+    override = 'data.chat_template={enable_thinking = false, style = "x"}'
+    recipe = parse(table, *[override] * (written == "overridden"))
+    assert recipe.data.chat_template == {"enable_thinking": False, "style": "x"}
+    assert parse(recipe.to_toml()).data == recipe.data
+
+
+@pytest.mark.parametrize("value", ["{tools = 1}", "{tokenize = true}", "{'a b' = 1}", "{a = [1]}"])
+def test_a_variable_that_is_the_templates_own_or_no_plain_value_is_refused(value: str) -> None:
+    (line,) = faults(MINIMAL, f"data.chat_template={value}")
+    assert "data.chat_template: is a table; give variables" in line
+
+
 def test_what_is_written_has_every_default_and_no_absent_key() -> None:
     text = parse(MINIMAL).to_toml()
     written = {key for table, *keys in key_lines(text) if table == "train" for key in keys}
-    assert written == TABLES["train"].model_fields.keys() - {"max_steps"}
+    assert written == TABLES["train"].model_fields.keys() - {"max_steps", "eval_every"}
     assert "learning_rate = 0.0002\n" in text
     assert "revision" not in text
 

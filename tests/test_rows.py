@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_tuner.data.rows import MAX_DEPTH, Row, parse_row
+from mlx_tuner.data.rows import ParsedRow, parse_row
+from mlx_tuner.data.strict_json import MAX_DEPTH
 from mlx_tuner.errors import DataError
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 
 
-def parse(value: Any) -> Row:
+def parse(value: Any) -> ParsedRow:
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
     return parse_row(raw, where="rows.jsonl:7")
 

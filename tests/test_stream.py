@@ -21,12 +21,14 @@ class FakeDataset:
         self.asked: list[list[int]] = []
         self.fails_at = fails_at
 
-    def examples(self, positions: Sequence[int]) -> list[Example]:
-        self.asked.append(list(positions))
+    def batches(self, steps: Sequence[Sequence[int]]) -> list[list[Example]]:
+        positions = [position for step in steps for position in step]
+        self.asked.append(positions)
         if self.fails_at in positions:
             raise ValueError(f"row {self.fails_at}")
         nothing = np.zeros(0, np.int32)
-        return [Example(nothing, nothing.astype(bool), row) for row in positions]
+        mask = nothing.astype(bool)
+        return [[Example(nothing, mask, row) for row in step] for step in steps]
 
 
 @pytest.fixture(autouse=True)

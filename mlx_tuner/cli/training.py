@@ -159,19 +159,26 @@ def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _plan(recipe: Recipe, as_json: bool) -> None:
     from mlx_tuner.commands.plan import plan
+    from mlx_tuner.show.progress import Display
 
-    planned = plan(recipe)
+    with Display() as display:
+        planned = plan(recipe, display.task)
     if as_json:
         click.echo(json.dumps(asdict(planned), indent=2))
         return
     share = 100 * planned.trainable_parameters / planned.total_parameters
     first, last = planned.learning_rates[0], planned.learning_rates[-1]
+    about = "" if planned.is_counted else "about "
+    evaluated = f", evaluated every {planned.eval_every:,}" if planned.eval_every else ""
     for name, value in (
         ("recipe", planned.recipe),
         ("model", planned.model),
         ("rows", f"{planned.rows:,}, and {planned.valid_rows:,} for validation"),
-        ("tokens", f"{planned.tokens:,} an epoch, {planned.target_tokens:,} of them targets"),
-        ("steps", f"{planned.steps:,}, {planned.steps_per_epoch:,} an epoch"),
+        (
+            "tokens",
+            f"{about}{planned.tokens:,} an epoch, {planned.target_tokens:,} of them targets",
+        ),
+        ("steps", f"{planned.steps:,}, {planned.steps_per_epoch:,} an epoch{evaluated}"),
         ("learning rate", f"{first:.3g} at the first step, {last:.3g} at the last"),
         (
             "trainable",
@@ -179,6 +186,7 @@ def _plan(recipe: Recipe, as_json: bool) -> None:
         ),
         ("micro-batch", f"{planned.micro_batch_tokens:,} tokens at most"),
         ("peak memory", f"about {planned.peak_memory_gb:.2f} GB"),
+        *(("note", note) for note in planned.notes),
     ):
         click.echo(f"{name:>14}  {value}")
 

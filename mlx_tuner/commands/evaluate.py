@@ -150,7 +150,7 @@ def evaluate(
     with display.task("loading the model"):
         loaded = models.load(folder)
         adapter.apply(loaded.model, trained)
-    longest = assembly.longest_row(recipe, rows)
+    longest = rows.survey.longest
     micro = assembly.micro_batch_tokens(recipe, loaded.model, loaded.config, longest)
     trainer = Trainer(loaded.model, micro_batch_tokens=micro)
     asked = questions(tokenizer, rows.examples(range(min(samples, len(rows)))))

@@ -302,9 +302,9 @@ def inspect(recipe: Recipe, display: Display, *, show: int = 0) -> Inspection:
     return Inspection(
         model=recipe.model.path,
         train=_facts(train, recipe, tokenizer, show, table.valid),
-        valid=_facts(valid, recipe, tokenizer) if valid else None,
+        valid=_facts(valid, recipe, tokenizer) if valid is not None else None,
         repeats=_repeats(train),
-        leaks=_leaks(valid, train) if valid else None,
+        leaks=_leaks(valid, train) if valid is not None else None,
         batch_size=recipe.train.batch_size,
         max_seq_length=table.max_seq_length,
     )

@@ -41,6 +41,9 @@ QUARANTINE_KEPT = 1000
 
 FAULTS_SHOWN = 20
 
+TOLD_FROM_BYTES = 4 << 20
+"""A smaller file is open before anybody has read that it is being opened."""
+
 UNREADABLE = "cannot be read"
 
 
@@ -160,8 +163,10 @@ def examine(
     task: Task = untold,
     go_on: bool = True,
 ) -> Dataset:
-    """`open_dataset` that keeps the faults of rows in `faults` and, to `go_on`, surveys the rest."""
+    """`open_dataset` that keeps what is wrong with rows in `faults`, and may `go_on` after that."""
     source = Source(path, cache_dir)
+    if source.size < TOLD_FROM_BYTES:
+        task = untold
     with task(f"checking {path.name}", source.size) as advance:
         file = RowFile(source, limit, advance)
     reader, faults = _Reader(file, encoder), Faults()

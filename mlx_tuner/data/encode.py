@@ -64,6 +64,13 @@ def unwrap(tokenizer: Any) -> Any:
 class Encoder:
     """Encodes rows as transformers' `apply_chat_template` does, only faster.
 
+    Args:
+        max_seq_length: tokens of a row; what is beyond is cut off, or as `on_long_row` says.
+        mask_prompt: whether only the assistants' turns are targets.
+        system_prompt: the system message of conversations that have none.
+        template_variables: what the chat template is given beside them.
+        on_long_row: what a row of too many tokens does: "truncate", "skip" or "error".
+
     Raises `ModelError` for a tokenizer that it cannot reproduce to the token.
     """
 
@@ -71,8 +78,8 @@ class Encoder:
         self,
         tokenizer: Any,
         *,
-        mask_prompt: bool,
         max_seq_length: int,
+        mask_prompt: bool = True,
         system_prompt: str | None = None,
         template_variables: Mapping[str, Any] | None = None,
         on_long_row: LongRowPolicy = "truncate",
@@ -189,7 +196,9 @@ class Encoder:
 
     # --- Rendered -> tokens ---------------------------------------------------------------------
 
-    def _tokens(self, rendered: _Rendered, ids: dict[str, bytes]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def _tokens(
+        self, rendered: _Rendered, ids: dict[str, bytes]
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The row's tokens, and where each assistant's turn begins and ends among them."""
         parts: list[bytes] = []
         turns: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""What the rows of a file are to a model: lengths, targets, shared prefix, rows that will not do."""
+"""What the rows of a file are to a model: their lengths, targets and prefix; which will not do."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ class Survey:
             yield f"{of}{plural(self.empty_answers, 'row')} with an empty answer"
 
 
-def survey(
-    read: Read, rows: np.ndarray, good_rows: int, advance: Callable[[int], None]
-) -> Survey:
+def survey(read: Read, rows: np.ndarray, good_rows: int, advance: Callable[[int], None]) -> Survey:
     """Encode `rows` and count.
 
     Args:
@@ -130,7 +128,9 @@ def survey(
     return Survey(
         good_rows,
         rows,
-        *columns,
+        columns[0],
+        columns[1],
+        columns[2],
         usable,
         np.zeros(0, np.int32) if prefix is None else prefix.copy(),
         problems,

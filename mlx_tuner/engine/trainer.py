@@ -105,7 +105,7 @@ class Trainer:
             number: 0-based; with the seed it decides the dropout masks.
         """
         if step.empty:
-            return Scalars(mx.zeros(()), mx.zeros(()), mx.array(True))
+            return Scalars(mx.array(math.nan), mx.array(math.nan), mx.array(True))
         loss, gradient = self.sum_of_micro_batches(step, number)
         loss, gradient = loss / step.target_tokens, gradient / step.target_tokens
         gradient, norm = optimizer.clip(gradient, self.max_grad_norm)

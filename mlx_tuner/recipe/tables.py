@@ -34,6 +34,13 @@ MAX_RECIPE_BYTES = 1024 * 1024
 _MAX_FAULTS = 100
 _HUGE = 10**9  # steps, rows or tokens that no run reaches: a larger number is a slip
 
+_TEMPLATE_OWN = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What a chat template is given already, and how its text becomes tokens."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +80,15 @@ def _modules(value: object) -> Literal["all-linear"] | tuple[str, ...]:
     raise ValueError('a list of module names such as ["q_proj", "v_proj"], or "all-linear"')
 
 
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    for name, item in value.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _TEMPLATE_OWN:
+            raise ValueError("variables under names that are the template's own to set")
+        if not isinstance(item, bool | int | float | str):
+            raise ValueError("variables that are true, false, a number or a string")
+    return value
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -103,6 +119,10 @@ class DataTable(_Table):
     max_seq_length: int = Field(2048, ge=2, le=_HUGE, description="tokens of a row")
     system_prompt: str | None = Field(
         None, description="the system message of rows that have none of their own"
+    )
+    chat_template: Annotated[dict[str, Any], AfterValidator(_variables)] = Field(
+        default_factory=dict,
+        description="variables for the chat template, such as enable_thinking = false",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="what a row that cannot be read does"
@@ -157,7 +177,9 @@ class TrainTable(_Table):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     log_every: int = Field(10, ge=1, le=_HUGE, description="steps between log lines")
-    eval_every: int = Field(10, ge=1, le=_HUGE, description="steps between evaluations")
+    eval_every: int | None = Field(
+        None, ge=1, le=_HUGE, description="steps between evaluations; twice an epoch where absent"
+    )
     save_every: int = Field(10, ge=1, le=_HUGE, description="steps between checkpoints")
     early_stopping_patience: int = Field(
         0, ge=0, le=_HUGE, description="evaluations without improvement; 0 = off"

@@ -1,4 +1,4 @@
-"""A row that is skimmed is one that `parse_row` takes, with the same content."""
+"""A row that is taken as plain is one that `parse_row` takes, with the same content."""
 
 import json
 
@@ -6,8 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner.data.rows import FIELDS, parse_row
-from mlx_tuner.data.skim import simple_content
+from mlx_tuner.data.rows import FIELDS, parse_row, plain_digest
 
 FORMS = sorted(FIELDS)
 TEXTS = st.text(' \t\n\u00a0\u2003\u3000abc"\\/{}[],:0\u00e9\u4e2d\U0001f600\x00\x7f', max_size=6)
@@ -72,14 +71,16 @@ def rows(draw: st.DrawFn) -> bytes:
 @example(b'{"messages": [{"role": "assistant", "role": "assistant"}]}')
 @example(b'{"messages": [[["role", "assistant"], ["content", "x"]]]}')
 @example(b'[["text", "a"]]')
+@example(b'{"instruction": "\\\\", "input": "\\\\", "output": "\\\\", "output": "\\\\"}')
+@example(b'{"prompt": "a", "completion": "b", "\\u0070rompt": "c"}')
 @example(b"")
-def test_what_is_skimmed_is_what_parse_row_reads(raw):
+def test_what_is_plain_is_what_parse_row_reads(raw):
     for form in FORMS:
-        content = simple_content(raw, form)
-        if content is not None:
+        digest = plain_digest(raw, form)
+        if digest is not None:
             row = parse_row(raw, where="rows:1")
             assert row.form == form
-            assert row.content() == content
+            assert row.digest() == digest
 
 
 @pytest.mark.parametrize(
@@ -87,22 +88,21 @@ def test_what_is_skimmed_is_what_parse_row_reads(raw):
     [
         ("instruction", r'{"instruction": "Sort \"it\"", "input": "", "output": "x\ty\u4e2d"}'),
         ("instruction", '{"output":"","instruction":"中文","input":"é"}'),
-        ("instruction", '{"id": "7", "instruction": "a", "output": "b"}'),
         ("prompt", '{"prompt": "a", "completion": "{\\\\}"}'),
         ("text", '{"text": "Привет"}'),
         (
             "messages",
             '{"messages": [{"role": "system", "content": ""}, {"content": "?", "role": "user"}, '
-            '{"role": "assistant", "content": "!"}], "id": "x"}',
+            '{"role": "assistant", "content": "!"}]}',
         ),
     ],
 )
-def test_rows_as_they_are_usually_written_are_simple(form, raw):
+def test_rows_as_they_are_usually_written_are_plain(form, raw):
     row = parse_row(raw.encode(), where=":1")
-    assert simple_content(raw.encode(), form) == row.content()
-    assert [simple_content(raw.encode(), other) is None for other in FORMS if other != form]
+    assert plain_digest(raw.encode(), form) == row.digest()
+    assert [plain_digest(raw.encode(), other) is None for other in FORMS if other != form]
 
 
-def test_real_rows_are_simple(shared):
+def test_real_rows_are_plain(shared):
     lines = (shared / "codealpaca" / "train.jsonl").read_bytes().split(b"\n")[:-1]
-    assert all(simple_content(line, "instruction") is not None for line in lines)
+    assert all(plain_digest(line, "instruction") is not None for line in lines)

@@ -4,18 +4,18 @@ import gzip
 import json
 import os
 import stat
+import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_tuner.data import index
-from mlx_tuner.data.index import RowFile, open_rows
+from mlx_tuner.data import sources
+from mlx_tuner.data.scan import RowFile
+from mlx_tuner.data.sources import Source
 from mlx_tuner.errors import DataError
-from mlx_tuner.system import cache
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +30,14 @@ def small_blocks(monkeypatch):
     """Blocks and rows of a few bytes, so that a small file has every border."""
 
     def use(size: int, row: int = 1 << 20) -> None:
-        monkeypatch.setattr(index, "_BLOCK_BYTES", size)
-        monkeypatch.setattr(index, "MAX_ROW_BYTES", row)
+        monkeypatch.setattr(sources, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(sources, "MAX_ROW_BYTES", row)
 
     return use
+
+
+def open_rows(path: Path, **options) -> RowFile:
+    return RowFile(Source(path), **options)
 
 
 def write(folder: Path, content: bytes | str, name: str = "rows.jsonl") -> Path:
@@ -101,10 +105,9 @@ def test_any_lines_are_found_as_a_plain_reader_finds_them(
     if not expected or expected[0][1].startswith(b"["):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "_BLOCK_BYTES", block)
+        patch.setattr(sources, "_BLOCK_BYTES", block)
         rows = open_rows(path)
         assert all_rows(rows) == expected
-        assert list(rows.scan(0, len(rows))) == [row for _, row in expected]
         for limit in range(1, len(expected)):
             assert all_rows(open_rows(path, limit=limit)) == expected[:limit]
 
@@ -134,10 +137,9 @@ def test_any_array_is_cut_at_its_elements(
     content = before + json.dumps(values, indent=indent, ensure_ascii=ascii_only) + "\n"
     path = write(tmp_path_factory.mktemp("rows"), content, "rows.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "_BLOCK_BYTES", block)
+        patch.setattr(sources, "_BLOCK_BYTES", block)
         rows = open_rows(path)
         assert [json.loads(rows[i]) for i in range(len(rows))] == values
-        assert list(rows.scan(0, len(rows))) == [rows[i] for i in range(len(rows))]
         for limit in range(1, len(values)):
             assert all_rows(open_rows(path, limit=limit)) == all_rows(rows)[:limit]
     lines = content.split("\n")
@@ -176,9 +178,39 @@ def test_text_after_an_array_is_refused(tmp_path):
     )
 
 
-def test_a_comma_too_many_gives_an_empty_row_that_no_parser_takes(tmp_path):
-    assert all_rows(open_rows(write(tmp_path, "[1,,2]", "a.json")))[1][1] == b""
-    assert all_rows(open_rows(write(tmp_path, "[1,2,]", "b.json")))[2][1] == b""
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("[1,,2]", ":1: column 4: broken JSON: expecting value"),
+        ("[1,\n2,]", ":2: column 3: a trailing comma before ]"),
+        ("[1\n2]", ":2: broken JSON: a comma or ] is missing"),
+        ('[{"a": 1},\n{"b": oops}]', ":2: column 7: broken JSON: expecting value"),
+        ('[1,\n"\x01"]', ":2: column 2: a raw control character"),
+        ("[" * 100_000, ":1: nested more than 100 deep"),
+    ],
+)
+def test_a_broken_array_is_refused_where_it_breaks(tmp_path, content, what):
+    assert refused(write(tmp_path, content, "rows.json")).startswith(what)
+
+
+def test_an_array_that_is_not_utf8_is_refused_at_its_byte(tmp_path):
+    content = b'[{"text": "a"},\n{"text": "\xff"}]'
+    assert open_rows(write(tmp_path, content, "rows.json")).bad.tolist() == [1]
+    broken = write(tmp_path, content[:-1], "rows.json")
+    assert refused(broken).startswith(":2: byte 27: not UTF-8 (0xff)")
+
+
+def test_elements_that_only_python_takes_are_rows_to_be_refused_by_name(tmp_path):
+    content = '\ufeff[{"text": "é"},\n{"text": NaN}, {"text": "\\ud800"},\n {"text": "ü"}]'
+    rows = open_rows(write(tmp_path, content, "rows.json"))
+    assert rows.bad.tolist() == [1, 2]
+    assert [rows.line(i) for i in range(4)] == [1, 2, 2, 3]
+    assert [rows[i].decode() for i in (0, 1, 3)] == [
+        '{"text": "é"}',
+        '{"text": NaN}',
+        '{"text": "ü"}',
+    ]
+    assert "NaN is not JSON" in str(rows.faults(1)[0])
 
 
 # --- What is no file of rows ----------------------------------------------------------------------
@@ -254,7 +286,7 @@ def test_nothing_is_read_on_behind_the_limit_of_a_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pread", counted)
     assert refused(path).startswith(":1: a row of more than 16 MiB")
-    assert max(read) < 2 * index.MAX_ROW_BYTES
+    assert max(read) < 2 * sources.MAX_ROW_BYTES
 
 
 # --- A file that changes --------------------------------------------------------------------------
@@ -273,10 +305,10 @@ def test_nothing_is_read_on_behind_the_limit_of_a_row(tmp_path, monkeypatch):
 )
 def test_a_file_that_changes_while_in_use_is_noticed(tmp_path, change):
     rows = open_rows(write(tmp_path, "1\n2\n"))
-    rows.check_unchanged()
+    rows.source.check_unchanged()
     change(rows.path)
     with pytest.raises(DataError, match="changed while it was in use"):
-        rows.check_unchanged()
+        rows.source.check_unchanged()
 
 
 def test_a_row_of_a_file_that_was_cut_short_is_not_read_as_a_shorter_one(tmp_path):
@@ -287,8 +319,8 @@ def test_a_row_of_a_file_that_was_cut_short_is_not_read_as_a_shorter_one(tmp_pat
 
 
 def test_closing_gives_the_descriptor_back(tmp_path):
-    with open_rows(write(tmp_path, "1\n")) as rows:
-        descriptor = rows.descriptor
+    with Source(write(tmp_path, "1\n")) as rows:
+        descriptor = rows._descriptor
         assert stat.S_ISREG(os.fstat(descriptor).st_mode)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
@@ -330,7 +362,7 @@ def test_gzipped_rows_are_unpacked_once(tmp_path, cache_folder, name):
     assert plain.stat().st_ino == first
     path.write_bytes(gzip.compress(b"3\n"))
     assert all_rows(open_rows(path)) == [(1, b"3")]
-    assert len(list(cache_folder.iterdir())) == 2
+    assert len(list(cache_folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", [b"{}", gzip.compress(b"{}" * 99, mtime=0)[:-9]])
@@ -341,52 +373,49 @@ def test_a_damaged_gzip_is_refused_and_leaves_nothing(tmp_path, cache_folder, co
 
 
 def test_a_gzip_bomb_stops_at_the_cap(tmp_path, cache_folder, monkeypatch):
-    monkeypatch.setattr(index, "MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_UNPACKED_BYTES", 1 << 20)
     path = write(tmp_path, gzip.compress(b"\n" * (2 << 20)), "rows.jsonl.gz")
     assert "unpacks to more than there is room for" in refused(path)
     assert not list(cache_folder.iterdir())
 
 
-def test_the_index_of_a_large_file_is_kept_and_used(tmp_path, cache_folder, monkeypatch):
-    monkeypatch.setattr(index, "CACHED_FROM_BYTES", 0)
-    path = write(tmp_path, "1\n\n2\n")
-    expected = all_rows(open_rows(path))
-    assert list(tmp_path.iterdir()) == [path]
-    (kept,) = cache_folder.iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(index, "_scan", _raise(AssertionError("scanned again")))
-        assert all_rows(open_rows(path)) == expected
-        assert all_rows(open_rows(path, limit=1)) == expected[:1]
+# --- Parquet --------------------------------------------------------------------------------------
 
-    damaged = bytearray(kept.read_bytes())
-    damaged[-1] ^= 1
-    kept.write_bytes(damaged)
-    assert all_rows(open_rows(path)) == expected
-    write(tmp_path, "3\n")
-    assert all_rows(open_rows(path)) == [(1, b"3")]
+
+def table(folder: Path, rows: list[dict], name: str = "rows.parquet") -> Path:
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(rows), folder / name)
+    return folder / name
+
+
+def test_parquet_rows_are_the_tables_rows_and_kept(tmp_path, cache_folder):
+    chat = [{"role": "user", "content": "é\n"}, {"role": "assistant", "content": "b", "name": "x"}]
+    rows = [
+        {"messages": chat, "id": 1, "score": 0.5},
+        {"messages": chat[1:], "id": 2, "score": None},
+    ]
+    path = table(tmp_path, rows)
+    found = open_rows(path)
+    without_nulls = [rows[0], {"messages": chat[1:], "id": 2}]
+    assert [json.loads(found[i]) for i in range(len(found))] == without_nulls
+    assert (found.form, found.line(1), len(found.bad)) == ("messages", 2, 0)
+    (kept,) = cache_folder.iterdir()
+    first = kept.stat().st_ino
+    assert len(open_rows(path)) == 2
+    assert kept.stat().st_ino == first
+    table(tmp_path, rows * 2)
+    assert len(open_rows(path)) == 4
     assert len(list(cache_folder.iterdir())) == 1
 
 
-def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CACHED_FROM_BYTES", 0)
-    blocked = write(tmp_path, "", "blocked")
-    assert len(open_rows(write(tmp_path, "1\n"), cache_dir=blocked / "cache")) == 1
+def test_parquet_that_is_damaged_is_refused(tmp_path, cache_folder):
+    path = table(tmp_path, [{"text": "a"}])
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "damaged, or no Parquet" in refused(path)
+    assert not list(cache_folder.glob("*.rows"))
 
 
-@settings(max_examples=50, deadline=None)
-@given(content=st.binary(max_size=80))
-def test_a_cache_file_with_any_content_is_as_good_as_none(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("cache") / "kept"
-    path.write_bytes(content)
-    assert cache.load(path, {"version": 1}) is None
-
-
-def test_cached_arrays_come_back_under_their_key_only(tmp_path):
-    arrays = [np.arange(5), np.zeros(0, bool), np.array([7], np.uint32)]
-    cache.store(tmp_path / "kept", {"a": (1, 2)}, arrays)
-    loaded = cache.load(tmp_path / "kept", {"a": (1, 2)})
-    assert loaded is not None
-    for before, after in zip(arrays, loaded, strict=True):
-        assert before.dtype == after.dtype
-        assert before.tolist() == after.tolist()
-    assert cache.load(tmp_path / "kept", {"a": (1, 3)}) is None
+def test_without_pyarrow_parquet_says_how_to_get_it(tmp_path, monkeypatch):
+    path = table(tmp_path, [{"text": "a"}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'mlx-lora-tuner[parquet]'" in refused(path)
