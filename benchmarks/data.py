@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from shared import shared
 
 from mlx_tuner.bench.measure import Measures
 from mlx_tuner.data.dataset import Dataset, open_dataset
-from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.encode import Encoder
+from mlx_tuner.data.order import shuffled
 from mlx_tuner.data.stream import prefetch
+from mlx_tuner.data.survey import SURVEYED_ROWS
 from mlx_tuner.models.model import load_tokenizer
 
 SHARED = shared()
 BATCH_ROWS = 8
+FEW_ROWS = 64
 STEPS = 100
 """Steps whose rows are read after the first."""
 
@@ -41,7 +44,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large file")
     parser.add_argument("--one", choices=["ours", "all lines"], help="measure one turn, here")
     parser.add_argument("--file", type=Path, help="the large file")
-    parser.add_argument("--cache", type=Path, help="where ours keeps its index")
     args = parser.parse_args()
     if args.one:
         report(**(start_ours if args.one == "ours" else start_all_lines)(args))
@@ -60,7 +62,7 @@ def tokenise(args: argparse.Namespace) -> None:
         path.write_text("\n".join(rows))
 
         def ours() -> list[tuple[list[int], int]]:
-            dataset = opened(path, tokenizer, Path(folder))
+            dataset = opened(path, tokenizer, surveyed_rows=0)
             steps = (
                 range(i, min(i + BATCH_ROWS, len(rows))) for i in range(0, len(rows), BATCH_ROWS)
             )
@@ -83,25 +85,18 @@ def tokenise(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """First step and memory for a large file: ours for the first time and again, and all lines."""
+    """First step and memory for a large file and for a few rows of it: ours, and all lines."""
     with tempfile.TemporaryDirectory() as folder:
-        path, cache = Path(folder) / "rows.jsonl", Path(folder) / "cache"
+        path, few = Path(folder) / "rows.jsonl", Path(folder) / "few.jsonl"
         some = completions()
+        few.write_text("\n".join(some[:FEW_ROWS]))
         with path.open("w") as file:
             for i in range(args.rows):
                 file.write(some[i % len(some)] + "\n")
-        command = ["--file", str(path), "--cache", str(cache)]
-        again = child("--one", "ours", *command)
-
-        def first_time() -> Measures:
-            for kept in cache.glob("*"):
-                kept.unlink()
-            return again()
-
         variants = {
-            "ours": first_time,
-            "ours, known file": again,
-            "all lines": child("--one", "all lines", *command),
+            "ours": child("--one", "ours", "--file", str(path)),
+            f"ours, {FEW_ROWS} rows": child("--one", "ours", "--file", str(few)),
+            "all lines": child("--one", "all lines", "--file", str(path)),
         }
         runs = interleave(variants, repeats=args.repeats)
         size_mb = path.stat().st_size / 1e6
@@ -114,12 +109,8 @@ def start_ours(args: argparse.Namespace) -> Measures:
     """One turn of ours: open, first step, some more steps."""
     with qwen() as tokenizer:
         watch = Watch()
-        dataset = opened(args.file, tokenizer, args.cache)
-        order = Permutation(0, 0, len(dataset))
-        steps = (
-            order.slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS).tolist() for i in range(1 + STEPS)
-        )
-        return watch.measures(prefetch(dataset, steps))
+        dataset = opened(args.file, tokenizer)
+        return watch.measures(prefetch(dataset, steps_of(dataset)))
 
 
 def start_all_lines(args: argparse.Namespace) -> Measures:
@@ -127,11 +118,14 @@ def start_all_lines(args: argparse.Namespace) -> Measures:
     with qwen() as tokenizer:
         watch = Watch()
         dataset = peer_dataset(args.file, tokenizer)
-        order = Permutation(0, 0, len(dataset))
-        return watch.measures(
-            [dataset[row] for row in order.slice(i * BATCH_ROWS, (i + 1) * BATCH_ROWS)]
-            for i in range(1 + STEPS)
-        )
+        return watch.measures([dataset[row] for row in step] for step in steps_of(dataset))
+
+
+def steps_of(rows: Sized) -> Iterator[list[int]]:
+    """The first steps' rows, as a run shuffles them."""
+    order = shuffled(0, 0, len(rows))
+    for first in range(0, min((1 + STEPS) * BATCH_ROWS, len(rows)), BATCH_ROWS):
+        yield order[first : first + BATCH_ROWS].tolist()
 
 
 class Watch:
@@ -192,8 +186,8 @@ def qwen() -> Iterator[Any]:
         yield load_tokenizer(Path(folder))
 
 
-def opened(path: Path, tokenizer: Any, cache_dir: Path) -> Dataset:
-    return open_dataset(path, tokenizer, max_seq_length=2048, cache_dir=cache_dir)
+def opened(path: Path, tokenizer: Any, surveyed_rows: int = SURVEYED_ROWS) -> Dataset:
+    return open_dataset(path, Encoder(tokenizer, max_seq_length=2048), surveyed_rows=surveyed_rows)
 
 
 def peer_dataset(path: Path, tokenizer: Any) -> Sequence[tuple[list[int], int]]:

@@ -97,7 +97,7 @@ def test_a_minimal_recipe_has_the_documented_defaults() -> None:
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
         "log_every": 10,
-        "eval_every": 10,
+        "eval_every": None,
         "save_every": 10,
         "early_stopping_patience": 0,
         "seed": 42,
