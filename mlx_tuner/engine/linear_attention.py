@@ -91,13 +91,13 @@ def read(
     first = len(chunks.prefix_rows)
     outputs = []
     if chunks.prefix:
-        run = mx.checkpoint(partial(_through_chunks, net, chunks.prefix_rows))
-        out, state = run(*(part[:first] for part in parts), tail, state)
+        prefix = [part[:first] for part in parts]
+        out, state = _through_chunks(net, chunks.prefix_rows, prefix, tail, state)
         tail = mx.concatenate([tail[0], mixed[: chunks.prefix]])[None, -width:]
         outputs.append(out)
     if chunks.rows:
-        run = mx.checkpoint(partial(_through_chunks, net, chunks.rows))
-        outputs.append(run(*(part[first:] for part in parts), tail, state)[0])
+        rows = [part[first:] for part in parts]
+        outputs.append(_through_chunks(net, chunks.rows, rows, tail, state)[0])
     out = mx.concatenate(outputs).flatten(0, 1)
     return z, out, *((state, tail) if chunks.prefix else ())
 
@@ -124,30 +124,64 @@ def _project(net: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, mx.array,
 def _through_chunks(
     net: nn.Module,
     rows: Sequence[int],
-    mixed: mx.array,
-    log_decay: mx.array,
-    beta: mx.array,
+    parts: Sequence[mx.array],
     tail: mx.array,
     state: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Convolution and rule in fp32, (n, C, channels) and (n, C, H) twice to (n, C, H · V)."""
-    n, size = mixed.shape[:2]
-    dtype = mixed.dtype
-    mixed, tail = mixed.astype(mx.float32), tail.astype(mx.float32)
+    """Convolution and rule in fp32, (n, C, channels) and (n, C, H) twice to (n, C, H · V).
+
+    What they keep for the backward pass is many times their input, so they are computed again;
+    in fp32 but for the convolution's sigmoid, which costs more than it takes (`forward.swiglu`).
+    """
+
+    def through(mixed: mx.array, tail: mx.array, *others: mx.array) -> tuple[mx.array, mx.array]:
+        return _rule(net, rows, _convolved(net, rows, mixed, tail), *others)
+
+    mixed, log_decay, beta = parts
+    if mixed.dtype == mx.float32:
+        mixed = _convolved(net, rows, mixed, tail)
+        return mx.checkpoint(partial(_rule, net, rows))(mixed, log_decay, beta, state)
+    out, state = mx.checkpoint(through)(mixed, tail, log_decay, beta, state)
+    return out.astype(mixed.dtype), state
+
+
+def _convolved(net: nn.Module, rows: Sequence[int], mixed: mx.array, tail: mx.array) -> mx.array:
     weight = net.conv1d.weight[..., 0].astype(mx.float32)
-    mixed = gated_delta.causal_conv(mixed, weight, tail, rows)
-    mixed = mixed * mx.sigmoid(mixed)
+    mixed, tail = mixed.astype(mx.float32), tail.astype(mx.float32)
+    return _silu(gated_delta.causal_conv(mixed, weight, tail, rows))[0]
+
+
+def _rule(
+    net: nn.Module,
+    rows: Sequence[int],
+    mixed: mx.array,
+    log_decay: mx.array,
+    beta: mx.array,
+    state: mx.array,
+) -> tuple[mx.array, mx.array]:
     heads = (net.num_k_heads, net.num_v_heads // net.num_k_heads)
     q, k, v = mx.split(mixed, [net.key_dim, 2 * net.key_dim], axis=-1)
-    q, k = (_normed(y.reshape(n, size, heads[0], 1, -1)) for y in (q, k))
+    q, k = (_normed(y.reshape(*y.shape[:2], heads[0], 1, -1)) for y in (q, k))
     q = q * net.head_k_dim**-0.5
-    v = v.reshape(n, size, *heads, -1)
-    q, k, v, log_decay, beta = (
-        mx.moveaxis(y, 1, 3)
-        for y in (q, k, v, log_decay.reshape(n, size, *heads), beta.reshape(n, size, *heads))
-    )
-    out, state = gated_delta.scan(q, k, v, log_decay, beta, state, rows)
-    return mx.moveaxis(out, 3, 1).reshape(n, size, -1).astype(dtype), state
+    v, log_decay, beta = (y.reshape(*y.shape[:2], *heads, -1) for y in (v, log_decay, beta))
+    q, k, v, log_decay, beta = (mx.moveaxis(y, 1, 3) for y in (q, k, v, log_decay, beta))
+    out, state = gated_delta.scan(q, k, v, log_decay[..., 0], beta[..., 0], state, rows)
+    return mx.moveaxis(out, 3, 1).reshape(*mixed.shape[:2], -1), state
+
+
+@mx.custom_function
+def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
+    """``x · σ(x)``, and σ(x), so that the gradient needs no other exponential."""
+    sigmoid = mx.sigmoid(x)
+    return x * sigmoid, sigmoid
+
+
+@_silu.vjp
+def _silu_vjp(
+    _: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> mx.array:
+    silu, sigmoid = outputs
+    return cotangents[0] * (sigmoid + silu * (1 - sigmoid))
 
 
 def _normed(x: mx.array) -> mx.array:
