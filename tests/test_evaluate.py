@@ -14,13 +14,11 @@ from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter, write_model
 from mlx_tuner.cli import main
 from mlx_tuner.commands import evaluate as evaluating
 from mlx_tuner.commands.evaluate import (
-    Evaluation,
     Question,
-    Side,
     evaluate,
-    is_python,
     questions,
 )
+from mlx_tuner.commands.quality import is_python, repeats_itself
 from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.data.encode import Encoder
 from mlx_tuner.errors import DataError, UsageError
@@ -91,12 +89,12 @@ def test_the_losses_are_mlx_lms_of_each_row(base, run):
     found = evaluated(run, samples=0)
     for side, adapter in ((found.base, None), (found.tuned, run)):
         loss, tokens = loss_by_mlx_lm(base, adapter, ROWS[6:], "Be brief.")
-        assert side.loss == pytest.approx(loss, rel=1e-5)
-        assert side.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+        assert side.loss.value == pytest.approx(loss, rel=1e-5)
+        assert side.perplexity.value == pytest.approx(math.exp(loss), rel=1e-4)
         assert found.target_tokens == tokens
     assert found.rows == 6
-    assert abs(found.base.loss - found.tuned.loss) > 0.01
-    assert (found.answers, found.tuned.stops, found.tuned.parses) == (0, None, None)
+    assert abs(found.base.loss.value - found.tuned.loss.value) > 0.01
+    assert (found.tuned.stops.of, found.tuned.parses.share) == (0, None)
 
 
 def test_rows_that_were_trained_on_are_counted(run, tmp_path):
@@ -110,13 +108,13 @@ def test_rows_that_were_trained_on_are_counted(run, tmp_path):
 def test_data_takes_the_place_of_the_runs_rows_read_as_the_run_reads_them(base, run, tmp_path):
     rows = write_rows(tmp_path / "more.jsonl", ROWS[8:])
     found = evaluated(run, data=str(rows), samples=0)
-    assert found.tuned.loss == pytest.approx(
+    assert found.tuned.loss.value == pytest.approx(
         loss_by_mlx_lm(base, run, ROWS[8:], "Be brief.")[0], rel=1e-5
     )
     # Without a recipe, rows are read by its defaults.
     (run / "recipe.toml").unlink()
     found = evaluated(run, data=str(rows), samples=0)
-    assert found.tuned.loss == pytest.approx(loss_by_mlx_lm(base, run, ROWS[8:])[0], rel=1e-5)
+    assert found.tuned.loss.value == pytest.approx(loss_by_mlx_lm(base, run, ROWS[8:])[0], rel=1e-5)
     assert found.rows_trained_on is None
 
 
@@ -197,19 +195,15 @@ def test_plain_text_asks_nothing_and_has_a_loss(base, adapted, tmp_path):
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     for model in (base, bare):
         found = evaluated(adapted, data=str(rows), model=str(model))
-        assert found.answers == 0
-        assert found.tuned.stops is None
-        assert found.tuned.loss > 0
+        assert found.tuned.stops.of == 0
+        assert found.tuned.loss.value > 0
     chats = write_rows(tmp_path / "chats.jsonl", ROWS)
     result = command(adapted, "--data", chats, "--model", bare)
     assert result.exit_code == 1
     assert "chat_template: missing from the tokenizer" in result.stderr
     result = command(adapted, "--data", rows, "--model", bare)
     assert result.exit_code == 0, result.output
-    assert [line.split()[-2:] for line in result.stdout.splitlines() if "answers " in line][1:] == [
-        ["–", "–"],
-        ["–", "–"],
-    ]
+    assert "answers that" not in result.stdout
 
 
 DEEP = "x = " + "(" * 100_000
@@ -250,9 +244,10 @@ def test_shares_are_of_the_answers_that_count(base, adapted, tmp_path, monkeypat
     references = ["x = 1", "It is two.", "def f():\n    return 3"]
     rows = [{"prompt": "?", "completion": text} for text in references]
     file = write_rows(tmp_path / "rows.jsonl", rows)
+    loop = "and then again " * 8
     made = {
-        "base": [("x = ", False), ("y = 2", False), ("", False)],
-        "tuned": [("x = 1", True), ("oh", True), ("def f(", False)],
+        "base": [("x = ", False, 3), (loop, False, 8), ("", False, 1)],
+        "tuned": [("x = 1", True, 3), ("```\noh", True, 4), ("def f(", False, 5)],
     }
     sides = iter(made.values())
 
@@ -262,9 +257,31 @@ def test_shares_are_of_the_answers_that_count(base, adapted, tmp_path, monkeypat
 
     monkeypatch.setattr(evaluating, "answer_all", answer)
     found = evaluated(adapted, data=str(file), max_tokens=9)
-    assert (found.answers, found.python_answers) == (3, 2)
-    assert (found.base.stops, found.base.parses) == (0.0, 0.0)
-    assert (found.tuned.stops, found.tuned.parses) == (pytest.approx(2 / 3), 0.5)
+
+    def counts(side):
+        return [str(getattr(side, n)) for n in ("stops", "repeats", "fenced", "parses", "exact")]
+
+    assert counts(found.base) == ["0 of 3", "1 of 3", "0 of 3", "0 of 2", "0 of 3"]
+    assert counts(found.tuned) == ["2 of 3", "0 of 3", "1 of 3", "1 of 2", "1 of 3"]
+    assert (found.base.answer_tokens, found.tuned.answer_tokens) == (4.0, 4.0)
+    assert "It runs on past its answer: 2 of 3 answers end by themselves, 0 of 3 before." in (
+        found.verdict
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "repeats"),
+    [
+        ("The answer is two. " * 3, True),
+        ("First this. " + "I am sure of it. " * 5, True),
+        ("The answer is two. " * 2, False),
+        ("no no no", False),  # too short to be more than emphasis
+        ("a b c d e f " * 4 + "g", False),  # it came out of the loop
+        ("", False),
+    ],
+)
+def test_an_answer_repeats_itself_where_it_ends_in_a_loop(answer, repeats):
+    assert repeats_itself(answer) is repeats
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -274,41 +291,54 @@ def test_json_is_one_object_and_nothing_else(run):
     result = command(run, "--samples", 2, "--max-tokens", 4, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found.keys() == {
-        *("run", "model", "rows", "target_tokens", "rows_trained_on", "answers"),
-        *("python_answers", "max_tokens", "base", "tuned", "verdict"),
-    }
-    for side in ("base", "tuned"):
-        assert found[side].keys() == {"loss", "perplexity", "stops", "parses"}
-    assert (found["rows"], found["answers"], found["max_tokens"]) == (6, 2, 4)
+    assert (found["rows"], found["base"]["stops"]["of"], found["max_tokens"]) == (6, 2, 4)
+    assert found["base"]["loss"]["low"] < found["base"]["loss"]["value"]
     assert "2 rows trained on as well" in result.stderr
 
 
 def test_the_table_shows_both_sides_and_a_verdict(run):
     found = evaluated(run, samples=2, max_tokens=4)
     result = command(run, "--samples", 2, "--max-tokens", 4)
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["loss", f"{found.base.loss:.4f}", f"{found.tuned.loss:.4f}"] in rows
-    assert ["base", "tuned"] in rows
-    assert any(row[:1] == ["verdict"] for row in rows)
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    sides = [side.loss for side in (found.base, found.tuned)]
+    shown = [f"{loss.value:.4f} ± {loss.high - loss.value:.4f}" for loss in sides]
+    assert f"loss {shown[0]} {shown[1]}" in rows
+    assert any(row.startswith("verdict ") for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("base_loss", "tuned_loss", "said"),
-    [
-        (2.0, 1.0, "Better than the base model on these rows: loss 50.0 % lower"),
-        (2.0, 2.5, "Worse than the base model on these rows: loss 25.0 % higher"),
-        (2.0, 1.99, "No better than the base model on these rows, and no worse"),
-        (2.0, math.nan, "No verdict: a loss is not finite"),
-    ],
-)
-def test_the_verdict_is_by_the_loss(base_loss, tuned_loss, said):
-    sides = Side(base_loss, 0.2, None), Side(tuned_loss, 0.9, None)
-    found = Evaluation("run", "model", 40, 400, 0, 10, 0, 512, *sides)
-    assert found.verdict.startswith(said)
-    if math.isfinite(tuned_loss):
-        assert found.verdict == f"{said}; 9 of 10 answers end by themselves."
-    json.dumps(found.to_json(), allow_nan=False)
+TASK = {
+    "task_id": "t/0",
+    "prompt": "def two():\n",
+    "test": "def check(f):\n    assert f() == 2\n",
+    "entry_point": "two",
+}
+
+
+def test_programs_are_run_only_where_that_is_allowed(run, tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "tasks.jsonl", [TASK, {**TASK, "task_id": "t/1"}])
+    monkeypatch.setattr(evaluating.tasks, "run_all", None)
+    result = command(run, "--tasks", file)
+    assert result.exit_code == 2
+    assert "allow it with --allow-code-execution" in result.stderr
+
+
+def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "tasks.jsonl", [TASK, {**TASK, "task_id": "t/1"}])
+    sides = iter((["    return 1", "    return 2"], ["    return 2", "    return 2"]))
+
+    def answer(model, tokenizer, asked, max_tokens):
+        assert all("def two():" in tokenizer.decode(prompt) for prompt in asked)
+        return [Answer(text, True, 4) for text in next(sides)]
+
+    monkeypatch.setattr(evaluating, "answer_all", answer)
+    result = command(run, "--tasks", file, "--allow-code-execution", "--samples", 0)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 tasks pass, 1 of 2 before." in " ".join(result.stdout.split())
+    kept = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    assert kept == [
+        {"task_id": "t/0", "base": "failed", "tuned": "passed"},
+        {"task_id": "t/1", "base": "passed", "tuned": "passed"},
+    ]
 
 
 def test_rows_are_asked_for_where_none_were_held_out(base, run, adapted, tmp_path):
@@ -345,4 +375,4 @@ def test_a_pefts_adapter_is_evaluated_as_it_is_read(base, adapted, tmp_path):
     write_peft(tmp_path / "peft", read_adapter(adapted))
     rows = str(write_rows(tmp_path / "rows.jsonl", ROWS[:4]))
     ours, theirs = (evaluated(f, data=rows, samples=0) for f in (adapted, tmp_path / "peft"))
-    assert theirs.tuned.loss == pytest.approx(ours.tuned.loss, rel=1e-6)
+    assert theirs.tuned.loss.value == pytest.approx(ours.tuned.loss.value, rel=1e-6)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from run_records import train_record, users_run, validated
 
 from mlx_tuner.runs.metrics import EvalRecord
-from mlx_tuner.runs.verdict import judge
+from mlx_tuner.runs.verdict import against_base, judge
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,13 @@ def test_training_loss_that_did_not_fall_is_not_said_to_have_fallen():
 def test_each_verdict_says_what_the_numbers_are_and_what_to_do():
     assert "since step 30, at 0.7" in judge(validated([1.0, 0.8, 0.702, 0.7, 0.703])).text
     assert "to 0.6 (−14.3 % since step 30)" in judge(validated([1.0, 0.8, 0.7, 0.6])).text
-    assert "is 1.2, and the best while training is 1.3 (step 10)" in (
-        judge(validated([1.3, 1.4], 1.2)).text
-    )
+    assert "loss 1.2 → 1.3 (+8.3 %)" in (judge(validated([1.3, 1.4], 1.2)).text)
     assert "best 0.9 (−25.0 % against the base model)" in judge(validated([0.9], 1.2)).text
     assert "data.valid" in judge(users_run()).text
 
 
 def test_a_loss_of_zero_divides_nothing():
-    assert judge(validated([0.0, 0.0, 0.0], 0.0)).kind in ("worse than base", "flat")
+    assert judge(validated([0.0, 0.0, 0.0], 0.0)).kind in ("like the base", "flat")
     assert judge(validated([0.0, 0.1, 0.2])).kind == "overfitting"
 
 
@@ -71,3 +69,23 @@ def test_a_loss_of_zero_divides_nothing():
 )
 def test_any_curve_gets_a_verdict(values, base):
     assert judge(validated(values, base)).text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "sure", "kind"),
+    [
+        (2.0, 1.0, True, "better than base"),
+        (2.0, 2.5, True, "worse than base"),
+        (2.0, 1.99, True, "like the base"),
+        (2.0, 1.0, False, "like the base"),
+        (2.0, math.nan, True, "too few"),
+    ],
+)
+def test_base_and_tuned_are_told_apart_where_they_differ_by_more_than_chance(
+    base, tuned, sure, kind
+):
+    assert against_base(base, tuned, sure=sure).kind == kind
+
+
+def test_a_run_and_its_evaluation_say_the_same_of_a_worse_model():
+    assert judge(validated([1.3, 1.4, 1.5], 1.2)) == against_base(1.2, 1.3)

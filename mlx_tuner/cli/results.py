@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mlx_tuner.cli.options import base_option, json_option
+from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.show.terminal import console, safe
 from mlx_tuner.words import printable
 
@@ -83,6 +84,24 @@ def generate(
     type=click.IntRange(min=1),
     help="Of an answer.",
 )
+@click.option(
+    "--tasks",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Programming tasks in HumanEval's format, JSONL, gzipped or not: pass@1.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="The first tasks only.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Where to keep a line a task. Default: tasks.jsonl in RUN.",
+)
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Run what the models write, each program in a process of its own, with limits on time "
+    "and memory, and without files and network. Needed for --tasks.",
+)
 @json_option
 def eval_(
     run: Path,
@@ -90,15 +109,29 @@ def eval_(
     model: str | None,
     samples: int,
     max_tokens: int,
+    tasks: Path | None,
+    limit: int | None,
+    results: Path | None,
+    allow_code_execution: bool,
     as_json: bool,
 ) -> None:
     """RUN, or any adapter, against its base on held-out rows."""
-    from mlx_tuner.commands.evaluate import evaluate, report
+    if tasks and not allow_code_execution:
+        what = "runs programs that a model wrote; allow it with --allow-code-execution"
+        raise UsageError(Fault("", "--tasks", what))
+    from mlx_tuner.commands.eval_report import report
+    from mlx_tuner.commands.evaluate import Tasks, evaluate
     from mlx_tuner.show.progress import Display
 
     with Display() as display:
         found = evaluate(
-            run, display, model=model, data=data, samples=samples, max_tokens=max_tokens
+            run,
+            display,
+            model=model,
+            data=data,
+            samples=samples,
+            max_tokens=max_tokens,
+            programs=Tasks(tasks, limit, results) if tasks else None,
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))

@@ -1,26 +1,23 @@
-"""Base against tuned on rows that were held out: loss, and whether answers end and parse."""
+"""Base against tuned on rows that were held out: loss, answers, programs."""
 
 from __future__ import annotations
 
-import ast
+import json
 import math
-import re
-import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from pydantic import computed_field
 
 from mlx_tuner import assembly
+from mlx_tuner.commands import tasks
 from mlx_tuner.commands.inspect_data import recipe_for
+from mlx_tuner.commands.intervals import Interval, Share, mean_over_targets
+from mlx_tuner.commands.quality import code_blocks, is_python, repeats_itself
 from mlx_tuner.data.dataset import Dataset, shared_rows
 from mlx_tuner.data.encode import END, HEADER, START
 from mlx_tuner.engine.batching import Example
@@ -30,48 +27,50 @@ from mlx_tuner.errors import Fault, TunerError, UsageError
 from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter_folder import read_adapter
-from mlx_tuner.models.answers import answer_all
+from mlx_tuner.models.answers import Answer, answer_all, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.recipe.tables import Recipe, load_recipe
+from mlx_tuner.runs.metrics import Figures
 from mlx_tuner.runs.place import RECIPE
+from mlx_tuner.runs.verdict import against_base
 from mlx_tuner.show.progress import Display
-from mlx_tuner.system import device
+from mlx_tuner.system import device, files
 from mlx_tuner.words import plural
 
-_NOISE = 0.01
-"""Relative differences of the loss up to this say nothing."""
-_FEW_ROWS = 10
-"""Fewer say little of the rows to come."""
-
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
-_PYTHON = {"", "py", "python", "python3"}
+TASKS = "tasks.jsonl"
+_SIDE_BY_SIDE = 16
+"""Answers that are made at once."""
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Figures):
     """What the base, or the tuned model, made of the rows."""
 
-    loss: float
+    loss: Interval
     """Mean over the target tokens of all rows."""
-    stops: float | None
-    """Share of its answers that it ended by itself; None where there are none."""
-    parses: float | None
-    """Share of its answers whose Python parses, of those to rows that ask for Python."""
+    stops: Share
+    """Answers that it ended by itself."""
+    repeats: Share
+    """Answers that end in the same words again and again."""
+    fenced: Share
+    """Answers with a block of code."""
+    parses: Share
+    """Answers whose Python parses, of those to rows that ask for Python."""
+    exact: Share
+    """Answers that are the row's own."""
+    answer_tokens: float | None
+    """Mean length of its answers."""
+    passes: Share
+    """Tasks whose program passed its test: pass@1."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def perplexity(self) -> float:
+    def perplexity(self) -> Interval:
         """exp of the loss, which past 700 no float holds."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    def to_json(self) -> dict[str, float | None]:
-        """Plain values; None for what is not finite, which JSON has no word for."""
-        values = {"loss": self.loss, "perplexity": self.perplexity}
-        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        return known | {"stops": self.stops, "parses": self.parses}
+        ends = {name: _exp(getattr(self.loss, name)) for name in Interval.model_fields}
+        return Interval(**ends)
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Figures):
     """A base and its fine-tune on the same rows."""
 
     run: str
@@ -81,37 +80,42 @@ class Evaluation:
     target_tokens: int
     rows_trained_on: int | None
     """How many of them are training rows too; None where those are not known."""
-    answers: int
-    """Rows, from the first on, that both models answered."""
-    python_answers: int
-    """Those of them whose own answer is Python."""
+    own_answer_tokens: float | None
+    """Mean length of the answers that the rows have themselves."""
     max_tokens: int
     """Of an answer."""
     base: Side
     tuned: Side
+    difference: Interval
+    """Of the losses, tuned less base, row by row."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> str:
-        """What it comes to, in a sentence."""
-        if not (math.isfinite(self.base.loss) and math.isfinite(self.tuned.loss)):
-            return "No verdict: a loss is not finite."
-        change = self.tuned.loss / self.base.loss - 1 if self.base.loss else 0.0
-        if abs(change) <= _NOISE:
-            said = "No better than the base model on these rows, and no worse"
-        else:
-            said = "Better than the base model" if change < 0 else "Worse than the base model"
-            said += f" on these rows: loss {100 * abs(change):.1f} % "
-            said += "lower" if change < 0 else "higher"
-        if self.tuned.stops is not None:
-            said += f"; {_of(self.tuned.stops, self.answers)} answers end by themselves"
-        few = f" ({plural(self.rows, 'row')} say little.)" if self.rows < _FEW_ROWS else ""
-        return f"{said}.{few}"
+        """What it comes to, in plain words."""
+        change, stops = self.difference, self.tuned.stops
+        verdict = against_base(
+            self.base.loss.value, self.tuned.loss.value, sure=change.high < 0 or change.low > 0
+        )
+        said = [verdict.text]
+        if stops.of:
+            words = "stops properly" if stops.count == stops.of else "runs on past its answer"
+            said.append(f"It {words}: {stops} answers end by themselves, {self.base.stops} before.")
+        if self.tuned.repeats.count:
+            said.append(f"It repeats itself in {self.tuned.repeats} answers.")
+        if self.tuned.passes.of:
+            said.append(f"{self.tuned.passes} tasks pass, {self.base.passes} before.")
+        return " ".join(said)
 
-    def to_json(self) -> dict[str, Any]:
-        """What `mlx-tune eval --json` prints."""
-        facts = {name: value for name, value in vars(self).items() if not isinstance(value, Side)}
-        sides = {"base": self.base.to_json(), "tuned": self.tuned.to_json()}
-        return facts | sides | {"verdict": self.verdict}
+
+class Tasks(NamedTuple):
+    """What `--tasks` asks for."""
+
+    path: Path
+    limit: int | None
+    """The first ones only."""
+    results: Path | None
+    """Where each task's outcome goes; by default beside the adapter."""
 
 
 def evaluate(
@@ -122,6 +126,7 @@ def evaluate(
     data: str | None = None,
     samples: int = 10,
     max_tokens: int = 512,
+    programs: Tasks | None = None,
 ) -> Evaluation:
     """Compare a run's adapter, or any adapter, with its base.
 
@@ -130,15 +135,17 @@ def evaluate(
         data: a file of rows; by default the run's validation rows.
         samples: how many rows are answered, by the likeliest tokens.
         max_tokens: of an answer.
+        programs: tasks, for which programs that the models write are run.
 
     Raises:
         UsageError: there are no held-out rows.
-        DataError: the rows are wrong.
+        DataError: the rows or tasks are wrong.
         ModelError: adapter or base cannot be used, or do not belong together.
     """
     trained = read_adapter(source)
     is_run = (source / RECIPE).exists()
     recipe = _recipe_of_run(source, data) if is_run else _default_recipe(source, data)
+    to_do = tasks.read_tasks(programs.path, programs.limit) if programs else []
     folder = resolve_base(trained, model)
     check_base(trained, folder)
     with display.task("reading the rows"):
@@ -152,33 +159,115 @@ def evaluate(
         adapter.apply(loaded.model, trained)
     longest = rows.survey.longest
     micro = assembly.micro_batch_tokens(recipe, loaded.model, loaded.config, longest)
-    trainer = Trainer(loaded.model, micro_batch_tokens=micro)
+    trainer = Trainer(loaded.model, micro_batch_tokens=micro, backend=assembly.backend())
     asked = questions(tokenizer, rows.examples(range(min(samples, len(rows)))))
-    in_python = [is_python(question.answer) for question in asked]
+    spoken = [[{"role": "user", "content": task.question}] for task in to_do]
+    exercises = [prompt_tokens(tokenizer, each, folder) for each in spoken]
     factors = trainer.state.parameters
-    sides: dict[str, Side] = {}
+    sides, losses = {}, {}
+    outcomes: dict[str, list[tasks.Outcome]] = {}
     with device.limits():
         # With factors of zero an adapter adds zero: the base model itself, to the bit.
         for name, parameters in (("base", mx.zeros_like(factors)), ("tuned", factors)):
             trainer.state = State.start(parameters)
             with display.task(f"measuring the {name} model", len(rows)) as advance:
-                targets, loss = _loss(trainer, rows, advance)
-            with display.task(f"answering with the {name} model"):
-                answers = answer_all(loaded.model, tokenizer, [q.prompt for q in asked], max_tokens)
-            python = [is_python(a.text) for a, due in zip(answers, in_python, strict=True) if due]
-            sides[name] = Side(loss, _share([a.stopped for a in answers]), _share(python))
+                losses[name], targets = _losses(trainer, rows, advance)
+
+            def answers(prompts: Sequence[list[int]], what: str, name: str = name) -> list[Answer]:
+                made: list[Answer] = []
+                if prompts:
+                    with display.task(f"{what} with the {name} model", len(prompts)) as advance:
+                        for some in _parts(prompts):
+                            made += answer_all(trainer.tuned(), tokenizer, some, max_tokens)
+                            advance(len(some))
+                return made
+
+            said = answers([question.prompt for question in asked], "answering")
+            written = answers(exercises, "programming")
+            if written:
+                with display.task(f"running its programs ({name})", len(written)) as advance:
+                    made = zip(to_do, written, strict=True)
+                    outcomes[name] = tasks.run_all(
+                        [task.program(answer.text) for task, answer in made], advance
+                    )
+            loss = mean_over_targets(losses[name], targets)
+            passed = [outcome == "passed" for outcome in outcomes.get(name, [])]
+            sides[name] = _side(loss, asked, said, passed)
+    if programs:
+        _keep_outcomes(programs.results or source / TASKS, to_do, outcomes)
+    difference = [t - b for b, t in zip(losses["base"], losses["tuned"], strict=True)]
+    own = [len(tokenizer.encode(q.answer, add_special_tokens=False)) for q in asked]
     return Evaluation(
         run=str(source),
         model=model or trained.base,
         rows=len(rows),
-        target_tokens=targets,
+        target_tokens=sum(targets),
         rows_trained_on=overlap,
-        answers=len(asked),
-        python_answers=sum(in_python),
+        own_answer_tokens=_mean(own),
         max_tokens=max_tokens,
         base=sides["base"],
         tuned=sides["tuned"],
+        difference=mean_over_targets(difference, targets),
     )
+
+
+def _losses(
+    trainer: Trainer, rows: Dataset, advance: Callable[[int], None]
+) -> tuple[list[float], list[int]]:
+    """Of each row, the sum of the loss over its target tokens, and their number."""
+    sums, targets = [], []
+    for batch in assembly.in_order(rows):
+        for row in batch:
+            targets.append(int(row.loss_mask.sum()))
+            sums.append(trainer.evaluate([[row]]) * targets[-1])
+        advance(len(batch))
+    return sums, targets
+
+
+def _side(
+    loss: Interval, asked: Sequence[Question], said: Sequence[Answer], passed: Sequence[bool]
+) -> Side:
+    due = [a.text for q, a in zip(asked, said, strict=True) if is_python(q.answer)]
+    same = [q.answer.strip() == a.text.strip() for q, a in zip(asked, said, strict=True)]
+    return Side(
+        loss=loss,
+        stops=_share([answer.stopped for answer in said]),
+        repeats=_share([repeats_itself(answer.text) for answer in said]),
+        fenced=_share([bool(code_blocks(answer.text)) for answer in said]),
+        parses=_share([is_python(text) for text in due]),
+        exact=_share(same),
+        answer_tokens=_mean([answer.tokens for answer in said]),
+        passes=_share(passed),
+    )
+
+
+def _keep_outcomes(
+    path: Path, to_do: Sequence[tasks.Task], outcomes: dict[str, list[tasks.Outcome]]
+) -> None:
+    """A line a task: what came of the base's program and of the tuned model's."""
+    pairs = zip(to_do, outcomes["base"], outcomes["tuned"], strict=True)
+    lines = [
+        json.dumps({"task_id": task.task_id, "base": base, "tuned": tuned}) + "\n"
+        for task, base, tuned in pairs
+    ]
+    files.write_text(path, "".join(lines))
+
+
+def _share(outcomes: Sequence[bool]) -> Share:
+    return Share(count=sum(outcomes), of=len(outcomes))
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf if value >= 700 else math.nan
+
+
+def _parts(prompts: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
+    for first in range(0, len(prompts), _SIDE_BY_SIDE):
+        yield prompts[first : first + _SIDE_BY_SIDE]
 
 
 # ---- the rows ------------------------------------------------------------------------------------
@@ -216,21 +305,6 @@ def _open(
     return rows, None
 
 
-def _loss(trainer: Trainer, rows: Dataset, advance: Any) -> tuple[int, float]:
-    """The number of target tokens of all rows, and the mean loss over them."""
-    targets = 0
-
-    def counted() -> Iterator[list[Any]]:
-        nonlocal targets
-        for batch in assembly.in_order(rows):
-            targets += sum(int(row.loss_mask.sum()) for row in batch)
-            yield batch
-            advance(len(batch))
-
-    loss = trainer.evaluate(counted())
-    return targets, loss
-
-
 # ---- the answers ---------------------------------------------------------------------------------
 
 
@@ -262,67 +336,3 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
                 found.append(Question([*tokens[: i + 1], *header], answer))
                 break
     return found
-
-
-def is_python(answer: str) -> bool:
-    """Whether an answer holds Python, all of which parses. Nothing of it is run.
-
-    That is its fenced blocks, or else the whole of it. A word or a number parses as well, and is
-    no Python here: something must be called, defined, assigned or the like.
-    """
-    fenced = _FENCE.findall(answer)
-    if any(language.lower() not in _PYTHON for language, _ in fenced):
-        return False
-    trees = [_parsed(block) for block in ([code for _, code in fenced] or [answer])]
-    return None not in trees and any(_does_something(tree) for tree in trees if tree)
-
-
-def _parsed(code: str) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of "\d" in a string
-            return ast.parse(textwrap.dedent(code).strip())
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # too deep; a NUL
-        return None
-
-
-def _does_something(tree: ast.Module) -> bool:
-    return any(
-        isinstance(node, ast.Call | ast.Lambda | ast.comprehension)
-        or (isinstance(node, ast.stmt) and not isinstance(node, ast.Expr | ast.AnnAssign))
-        or (isinstance(node, ast.AnnAssign) and node.value is not None)  # unlike "Answer: 42"
-        for node in ast.walk(tree)
-    )
-
-
-def _share(outcomes: Sequence[bool]) -> float | None:
-    return sum(outcomes) / len(outcomes) if outcomes else None
-
-
-# ---- on the terminal -----------------------------------------------------------------------------
-
-
-def report(found: Evaluation) -> RenderableType:
-    """The table and the verdict, to print with rich."""
-    title = Text.assemble((found.run, "bold"), f" against {found.model or 'its base'}")
-    rows, tokens = plural(found.rows, "row"), plural(found.target_tokens, "target token")
-    facts = Text(f"{rows}, {tokens}; answers of at most {found.max_tokens:,} tokens", "dim")
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for name in ("", "base", "tuned"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    base, tuned = found.base, found.tuned
-    table.add_row("loss", f"{base.loss:.4f}", f"{tuned.loss:.4f}")
-    table.add_row("perplexity", f"{base.perplexity:.4g}", f"{tuned.perplexity:.4g}")
-    for name, count, shares in (
-        ("answers that end by themselves", found.answers, (base.stops, tuned.stops)),
-        ("answers whose Python parses", found.python_answers, (base.parses, tuned.parses)),
-    ):
-        table.add_row(name, *(_of(share, count) for share in shares))
-    style = "green" if tuned.loss < base.loss * (1 - _NOISE) else "bold yellow"
-    verdict = Table.grid(padding=(0, 2, 0, 0))
-    verdict.add_row(Text("verdict", "bold"), Text(found.verdict, style))
-    return Group(*(Padding(part, (1, 0, 0, 2)) for part in (Group(title, facts), table, verdict)))
-
-
-def _of(share: float | None, count: int) -> str:
-    return "–" if share is None else f"{round(share * count):,} of {count:,}"

@@ -22,6 +22,8 @@ class Answer:
     text: str
     stopped: bool
     """By an end-of-sequence token, not by the limit."""
+    tokens: int
+    """How many, without the one that ended it."""
 
 
 def prompt_tokens(
@@ -60,4 +62,4 @@ def answer_all(
         model, tokenizer, list(prompts), max_tokens=max_tokens, return_token_ids=True
     ).token_ids
     # The token that ends an answer is not among its tokens.
-    return [Answer(tokenizer.decode(tokens), len(tokens) < max_tokens) for tokens in made]
+    return [Answer(tokenizer.decode(ids), len(ids) < max_tokens, len(ids)) for ids in made]

@@ -10,7 +10,15 @@ from typing import Literal
 from mlx_tuner.runs.metrics import EvalRecord, Record, TrainRecord, best_evaluation, change_of
 
 Kind = Literal[
-    "no validation", "too few", "worse than base", "overfitting", "rising", "flat", "improving"
+    "no validation",
+    "too few",
+    "worse than base",
+    "like the base",
+    "better than base",
+    "overfitting",
+    "rising",
+    "flat",
+    "improving",
 ]
 
 _NOISE = 0.01
@@ -41,12 +49,7 @@ def judge(records: Sequence[Record]) -> Verdict:
             "or a fraction of the training rows such as 0.1.",
         )
     if base and best.val_loss >= base.val_loss * (1 + _NOISE):
-        return Verdict(
-            "worse than base",
-            f"Worse than the base model: its validation loss is {base.val_loss:.4g}, and the best "
-            f"while training is {best.val_loss:.4g} (step {best.step}). Lower train.learning_rate, "
-            "or check that training and validation rows are alike.",
-        )
+        return against_base(base.val_loss, best.val_loss)
     if len(curve) < _FEWEST:
         change = ""
         if base:
@@ -61,6 +64,28 @@ def judge(records: Sequence[Record]) -> Verdict:
     if last.val_loss > best.val_loss * (1 + _NOISE):
         return _risen(records, best, last, len(after))
     return _not_risen(curve, best, last)
+
+
+def against_base(base: float, tuned: float, *, sure: bool = True) -> Verdict:
+    """What two losses on the same held-out rows say.
+
+    Args:
+        sure: whether they differ by more than chance, where that is known.
+    """
+    if not (math.isfinite(base) and math.isfinite(tuned)):
+        return Verdict("too few", "No verdict: a loss is not finite.")
+    if not sure or abs(tuned - base) <= _NOISE * base:
+        chance = "" if sure else " than chance explains"
+        text = f"No better than the base model on these rows, and no worse{chance}"
+        return Verdict("like the base", f"{text}: loss {base:.4g} → {tuned:.4g}.")
+    change = f"loss {base:.4g} → {tuned:.4g} ({_change(base, tuned)}) on rows held out"
+    if tuned < base:
+        return Verdict("better than base", f"Better than the base model: {change}.")
+    return Verdict(
+        "worse than base",
+        f"Worse than the base model: {change}. Lower train.learning_rate, or check that training "
+        "and held-out rows are alike.",
+    )
 
 
 def _risen(records: Sequence[Record], best: EvalRecord, last: EvalRecord, after: int) -> Verdict:

@@ -1,0 +1,150 @@
+"""Programming tasks in HumanEval's format: what a model writes is run against their tests.
+
+Chen et al. 2021, arXiv:2107.03374. One answer a task, the likeliest, so that pass@1 is the share of
+tasks whose program passes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_tuner.commands import task_guard
+from mlx_tuner.commands.quality import code_blocks
+from mlx_tuner.errors import DataError, Fault
+
+SECONDS = 10
+"""Of CPU, and of the clock, that a program may take."""
+MEMORY_BYTES = 1 << 30
+_PASSED = 93
+"""Exit code of a program that has come to the end of its test."""
+_FIELDS = ("task_id", "prompt", "test", "entry_point")
+_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
+"""Where what comes after a completed function begins."""
+
+Outcome = Literal["passed", "failed", "raised", "timed out", "ended early", "no Python"]
+_OUTCOMES: dict[int, Outcome] = {
+    _PASSED: "passed",
+    task_guard.FAILED: "failed",
+    task_guard.RAISED: "raised",
+    1: "no Python",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A function to write, and its test."""
+
+    task_id: str
+    prompt: str
+    """Imports, signature and docstring."""
+    test: str
+    """Defines `check(candidate)`."""
+    entry_point: str
+    """The function's name."""
+
+    @property
+    def question(self) -> str:
+        """What an instruct model is asked."""
+        return (
+            "Complete this Python function. Answer with the whole function, its imports included, "
+            f"in one block of code.\n\n```python\n{self.prompt.strip()}\n```"
+        )
+
+    def program(self, answer: str) -> str:
+        """The answer's code, or the prompt with the answer after it, and then the test."""
+        blocks = [code for _, code in code_blocks(answer) if f"def {self.entry_point}" in code]
+        if blocks:
+            # What the prompt defines before the function may be left out of the answer.
+            code = f"{self.prompt}\n    pass\n\n{blocks[0]}"
+        elif f"def {self.entry_point}" in answer:
+            code = answer
+        else:
+            ends = [at for end in _ENDS if (at := answer.find(end)) >= 0]
+            code = self.prompt + answer[: min(ends, default=None)]
+        return f"{code}\n\n{self.test}\n\ncheck({self.entry_point})\n"
+
+
+def read_tasks(path: Path, limit: int | None = None) -> list[Task]:
+    """The tasks of a JSONL file, gzipped or not.
+
+    Raises:
+        DataError: it cannot be read, or lines are no tasks.
+    """
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(Fault(str(path), "", f"cannot be read: {error}")) from None
+    tasks, faults = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            tasks.append(_task(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            what = f"is no task in HumanEval's format: {error}"
+            faults.append(Fault(f"{path}:{number}", "", what))
+    if faults:
+        raise DataError(*faults)
+    if not tasks:
+        raise DataError(Fault(str(path), "", "has no tasks"))
+    return tasks[:limit]
+
+
+def _task(values: Any) -> Task:
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    for name in _FIELDS:
+        if not isinstance(values.get(name), str):
+            raise ValueError(f"{name} must be a string")
+    if not values["entry_point"].isidentifier():
+        raise ValueError("entry_point must be a function's name")
+    return Task(**{name: values[name] for name in _FIELDS})
+
+
+def run(program: str) -> Outcome:
+    """Run a program in a process of its own, with limits on time, memory, files and network."""
+    guard = (resources.files(task_guard.__package__) / "task_guard.py").read_text("utf-8")
+    text = f"{guard}\n_leave = os._exit\nguard({SECONDS}, {MEMORY_BYTES})\n"
+    text += f"{program}\n_leave({_PASSED})\n"
+    command = [sys.executable, "-I", "-X", "utf8", "-"]
+    if sys.platform == "darwin":  # the system's own sandbox on top
+        rules = "(version 1)(allow default)(deny network*)(deny file-write*)"
+        command = ["/usr/bin/sandbox-exec", "-p", rules, *command]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                command,
+                input=text.encode(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={},
+                start_new_session=True,
+                timeout=SECONDS + 2,
+            )
+        except subprocess.TimeoutExpired:
+            return "timed out"
+    if done.returncode == -24:  # SIGXCPU
+        return "timed out"
+    return _OUTCOMES.get(done.returncode, "ended early")
+
+
+def run_all(programs: Sequence[str], advance: Callable[[int], None]) -> list[Outcome]:
+    """Run programs, a few at a time."""
+    outcomes = []
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        for outcome in threads.map(run, programs):
+            outcomes.append(outcome)
+            advance(1)
+    return outcomes
