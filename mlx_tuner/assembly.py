@@ -18,6 +18,7 @@ from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine import lora, memory
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.batching import Example
+from mlx_tuner.engine.dora import DoRALinear
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.adapter_folder import read_adapter
@@ -173,6 +174,7 @@ def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -
             target_modules=table.target_modules,
             num_layers=table.num_layers,
             seed=recipe.train.seed,
+            layer=DoRALinear if table.variant == "dora" else lora.LoRALinear,
         )
         return
     start = read_adapter(kept or Path(table.init_from))
@@ -181,6 +183,10 @@ def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -
             f"is of rank {start.rank} and scale {start.scale:g}, the recipe of rank {table.rank} "
             f"and scale {table.scale:g}; set lora.rank and lora.alpha to match"
         )
+        raise RecipeError(Fault(table.init_from, "lora.init_from", what))
+    if start.is_dora != (table.variant == "dora"):
+        kind, other = ("dora", table.variant) if start.is_dora else ("lora", "dora")
+        what = f'is of the variant {kind}, the recipe of {other}; set lora.variant = "{kind}"'
         raise RecipeError(Fault(table.init_from, "lora.init_from", what))
     adapter.apply(model, start)
     for layer in lora.adapted_modules(model).values():

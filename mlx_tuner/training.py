@@ -71,6 +71,8 @@ def finetune(
             ),
             weight_decay=recipe.train.weight_decay,
             max_grad_norm=recipe.train.max_grad_norm,
+            lora_plus_ratio=recipe.train.lora_plus_ratio,
+            neftune_noise=recipe.train.neftune_noise,
             seed=recipe.train.seed,
             checkpointing=recipe.train.gradient_checkpointing,
             backend=assembly.backend(),

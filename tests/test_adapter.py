@@ -144,8 +144,7 @@ def test_half_precision_tensors_are_read_as_single(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"fine_tune_type": "dora"}, "fine_tune_type: Input should be 'lora', not 'dora'"),
-        ({"fine_tune_type": "full"}, "fine_tune_type: Input should be 'lora', not 'full'"),
+        ({"fine_tune_type": "full"}, "Input should be 'lora' or 'dora', not 'full'"),
         ({"lora_parameters": "absent"}, "lora_parameters: Field required"),
         ({"lora_parameters": {"scale": 1.0}}, "lora_parameters.rank: Field required"),
         ({"lora_parameters": {"rank": 4, "alpha": 8}}, "lora_parameters.scale: Field required"),

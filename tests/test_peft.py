@@ -209,6 +209,7 @@ def test_a_changed_alpha_is_obeyed_and_not_undone(base, tmp_path):
 KINDS = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 5},
+    "dora": {"use_dora": True},
     "fractional": {"lora_alpha": 3, "r": 7},
     "patterns": {
         "rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 6},
@@ -374,7 +375,7 @@ def test_a_config_that_cannot_be_followed_is_refused(folder, changes, said):
 @pytest.mark.parametrize(
     "field",
     [
-        "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save",
+        "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save",
         "trainable_token_indices", "layer_replication", "target_parameters",
         "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
     ],

@@ -83,6 +83,7 @@ def test_a_minimal_recipe_has_the_documented_defaults() -> None:
         "dropout": 0.0,
         "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "num_layers": None,
+        "variant": "lora",
         "init_from": None,
     }
     assert recipe.train.model_dump() == {
@@ -95,6 +96,8 @@ def test_a_minimal_recipe_has_the_documented_defaults() -> None:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
+        "lora_plus_ratio": 1.0,
+        "neftune_noise": 0.0,
         "gradient_checkpointing": False,
         "log_every": 10,
         "eval_every": None,

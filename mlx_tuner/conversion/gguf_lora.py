@@ -12,6 +12,7 @@ import numpy as np
 from mlx_tuner.conversion.fuse import open_base
 from mlx_tuner.conversion.gguf import require_absent
 from mlx_tuner.conversion.gguf_names import Names, add_base
+from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.adapter import named_as_in
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.architecture import skeleton
@@ -38,6 +39,9 @@ def export_gguf_lora(
     output = output.absolute()
     require_absent(output)
     adapter = read_adapter(source)
+    if adapter.is_dora:
+        what = "llama.cpp's adapters have no magnitudes, as DoRA does; export it with --to gguf"
+        raise ModelError(Fault(str(source), "", what))
     base = open_base(adapter, model)
     bare = skeleton(base.config)
     adapter = named_as_in(bare, adapter)

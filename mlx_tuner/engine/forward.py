@@ -23,6 +23,7 @@ from mlx_tuner.engine.batching import MicroBatch
 from mlx_tuner.engine.gather import Gather
 from mlx_tuner.engine.lanes import lanes
 from mlx_tuner.engine.linear_attention import Chunks
+from mlx_tuner.engine.noise import Noise
 from mlx_tuner.engine.swiglu import swiglu
 
 PrefixState = tuple[mx.array, ...]
@@ -49,6 +50,8 @@ class Layout(NamedTuple):
     """`Backend.fused`."""
     dropout_keys: mx.array | None = None
     """(N, 2) uint32, each token's own (`lora.token_keys`); None without dropout."""
+    noise: Noise | None = None
+    """What is added to the embeddings."""
 
     @classmethod
     def of_prefix(cls, tokens: mx.array, fused: bool = False) -> Layout:
@@ -59,7 +62,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, batch: MicroBatch, backend: Backend = CPU, dropout_keys: np.ndarray | None = None
+        cls,
+        batch: MicroBatch,
+        backend: Backend = CPU,
+        dropout_keys: np.ndarray | None = None,
+        noise: Noise | None = None,
     ) -> Layout:
         return cls(
             mx.array(batch.tokens),
@@ -76,6 +83,7 @@ class Layout(NamedTuple):
             batch.repeats,
             backend.fused,
             None if dropout_keys is None else mx.array(dropout_keys),
+            noise,
         )
 
 
@@ -124,6 +132,8 @@ def _through_blocks(
     checkpointing: bool,
 ) -> tuple[mx.array, list[PrefixState]]:
     x = model.model.embed_tokens(layout.tokens)
+    if layout.noise is not None:
+        x = Noise(*layout.noise).on(x)
     slots = Gather(layout.slot_of_token, layout.token_of_slot)
     chunks = Chunks.of(layout.prefix, layout.lengths, len(layout.tokens))
     inside = []

@@ -176,12 +176,14 @@ def attach(
     target_modules: Sequence[str] | Literal["all-linear"],
     num_layers: int | None = None,
     seed: int = 0,
+    layer: type[LoRALinear] = LoRALinear,
 ) -> list[str]:
-    """Freeze the model and put a `LoRALinear` in place of each target, in its last blocks.
+    """Freeze the model and put a LoRA layer in place of each target, in its last blocks.
 
     Args:
         target_modules: last segments of module names (``q_proj``), or ``"all-linear"``.
         num_layers: how many blocks, counted from the last; all where None.
+        layer: the kind of LoRA layer.
 
     Returns:
         The paths of the adapted modules, in the model's order.
@@ -194,7 +196,7 @@ def attach(
     modules = dict(model.named_modules())
     keys = mx.random.split(mx.random.key(seed), len(targets))
     adapted = [
-        (path, LoRALinear(modules[path], rank=rank, scale=scale, dropout=dropout, key=key))
+        (path, layer(modules[path], rank=rank, scale=scale, dropout=dropout, key=key))
         for path, key in zip(targets, keys, strict=True)
     ]
     model.update_modules(tree_unflatten(adapted))

@@ -23,6 +23,7 @@ from mlx_tuner.engine.forward import (
     prefix_states,
 )
 from mlx_tuner.engine.loss import linear_cross_entropy, linear_cross_entropy_value
+from mlx_tuner.engine.noise import Noise
 from mlx_tuner.engine.optimizer import State
 
 
@@ -52,7 +53,10 @@ class Trainer:
     Args:
         model: with LoRA layers attached (`lora.attach`), all else frozen.
         micro_batch_tokens: flat tokens of a forward and backward pass at most.
-        seed: of dropout; masks are a function of it and of the step.
+        lora_plus_ratio: the learning rate of all factors but A over A's (Hayou et al. 2024,
+            arXiv:2402.12354).
+        neftune_noise: alpha of the noise on the embeddings (`noise`).
+        seed: of dropout and noise, which are functions of it and of the step.
         checkpointing: recompute each block in the backward pass.
         backend: the machine's numbers.
     """
@@ -64,6 +68,8 @@ class Trainer:
         micro_batch_tokens: int,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        lora_plus_ratio: float = 1.0,
+        neftune_noise: float = 0.0,
         seed: int = 0,
         checkpointing: bool = False,
         backend: Backend = CPU,
@@ -72,12 +78,20 @@ class Trainer:
         self.micro_batch_tokens = micro_batch_tokens
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm or math.inf
+        self.neftune_noise = neftune_noise
         self.seed = seed
         self.checkpointing = checkpointing
         self.backend = backend
         start = lora.trainable(model)
         self.shapes = optimizer.Shapes(start)
         self.state = State.start(self.shapes.flatten(start))
+        self._rates: mx.array | float = 1.0
+        if lora_plus_ratio != 1:
+            by_name = {
+                name: mx.full(value.shape, 1.0 if name.endswith("lora_a") else lora_plus_ratio)
+                for name, value in start.items()
+            }
+            self._rates = self.shapes.flatten(by_name)
         lora.number_layers(model)
         self.dropout = any(layer.dropout for layer in lora.adapted_modules(model).values())
         self._gradients = mx.value_and_grad(self._loss, argnums=(0, 1))
@@ -92,8 +106,8 @@ class Trainer:
         return batching.make_micro_batches(
             rows,
             self.micro_batch_tokens,
-            # With dropout, rows draw masks of their own also for the tokens that they share.
-            share_prefix=not self.dropout,
+            # With dropout or noise, rows draw their own also for the tokens that they share.
+            share_prefix=not (self.dropout or self.neftune_noise),
             backend=self.backend,
         )
 
@@ -102,7 +116,7 @@ class Trainer:
 
         Args:
             step: where it is empty, nothing is updated.
-            number: 0-based; with the seed it decides the dropout masks.
+            number: 0-based; with the seed it decides the dropout masks and the noise.
         """
         if step.empty:
             return Scalars(mx.array(math.nan), mx.array(math.nan), mx.array(True))
@@ -110,7 +124,8 @@ class Trainer:
         loss, gradient = loss / step.target_tokens, gradient / step.target_tokens
         gradient, norm = optimizer.clip(gradient, self.max_grad_norm)
         finite = mx.isfinite(loss) & mx.isfinite(norm)
-        new = optimizer.adamw(self.state, gradient, learning_rate, weight_decay=self.weight_decay)
+        rates = learning_rate * self._rates
+        new = optimizer.adamw(self.state, gradient, rates, weight_decay=self.weight_decay)
         self.state = optimizer.choose(finite, new, self.state)
         return Scalars(loss, norm, finite)
 
@@ -181,11 +196,13 @@ class Trainer:
         return prefix_states(self.model, mx.array(step.prefix), fused=self.backend.fused)
 
     def _layout(self, batch: MicroBatch, number: int) -> Layout:
-        """A micro-batch on the device, with the dropout keys of step ``number``."""
-        keys = None
+        """A micro-batch on the device, with the dropout keys and noise of step ``number``."""
+        tokens, keys, noise = (self.seed, number, batch.rows, batch.positions), None, None
         if self.dropout:
-            keys = lora.token_keys(self.seed, number, batch.rows, batch.positions)
-        return Layout.of(batch, self.backend, keys)
+            keys = lora.token_keys(*tokens)
+        if self.neftune_noise:
+            noise = Noise.of(self.neftune_noise, *tokens, batch.lengths)
+        return Layout.of(batch, self.backend, keys, noise)
 
     def _set(self, parameters: dict[str, mx.array]) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))

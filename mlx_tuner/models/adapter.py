@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_tuner.engine.dora import DoRALinear
 from mlx_tuner.engine.lora import LoRALinear, dimensions
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.adapter_config import ALL_LAYERS, CONFIG, MlxConfig, read_config
@@ -32,10 +33,11 @@ _MAX_NAME = 200
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors and what they mean: ``y = Wx + scale · lora_b(lora_a(x))``."""
+    """LoRA factors and what they mean: ``y = Wx + scale · lora_b(lora_a(x))``, or DoRA's."""
 
     tensors: Mapping[str, mx.array]
-    """``PATH.lora_a`` (I, r) and ``PATH.lora_b`` (r, O) of each adapted module, in fp32."""
+    """``PATH.lora_a`` (I, r) and ``PATH.lora_b`` (r, O) of each adapted module, in fp32; of DoRA
+    its magnitudes ``PATH.m`` (O,) as well."""
     rank: int
     scale: float
     dropout: float = 0.0
@@ -54,6 +56,11 @@ class Adapter:
         """Paths of the adapted modules, block by block."""
         paths = {name.rpartition(".")[0] for name in self.tensors}
         return sorted(paths, key=split_block)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the modules have magnitudes; all of them do, or none."""
+        return any(name.endswith(".m") for name in self.tensors)
 
     @property
     def keys(self) -> list[str]:
@@ -85,7 +92,7 @@ def write_adapter(directory: Path, adapter: Adapter) -> None:
     """
     write_tensors(directory / WEIGHTS, adapter.tensors, "mlx", None)
     config: dict[str, Any] = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if adapter.is_dora else "lora",
         "num_layers": adapter.num_layers,
         "lora_parameters": {
             "rank": adapter.rank,
@@ -127,7 +134,8 @@ def read_mlx(directory: Path) -> Adapter:
     path = directory / CONFIG
     config = read_config(directory, MlxConfig)
     parameters = config.lora_parameters
-    tensors, _ = load_tensors(directory / WEIGHTS, _check_header)
+    dora = config.fine_tune_type == "dora"
+    tensors, _ = load_tensors(directory / WEIGHTS, lambda header: _check_header(header, dora))
     adapter = Adapter(
         tensors=tensors,
         rank=parameters.rank,
@@ -143,12 +151,13 @@ def read_mlx(directory: Path) -> Adapter:
     return adapter
 
 
-def _check_header(header: Mapping[str, TensorInfo]) -> Iterable[tuple[str, str]]:
+def _check_header(header: Mapping[str, TensorInfo], dora: bool) -> Iterable[tuple[str, str]]:
     """What is wrong with mlx-lm's tensors by what their names and shapes say."""
     for name, info in header.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "m":
-            yield name, "the magnitude of a DoRA adapter, which is not supported"
+            if fault := unusable_magnitude(info, header.get(f"{module}.lora_b"), dora, axis=1):
+                yield name, fault
         elif leaf not in ("lora_a", "lora_b"):
             yield name, "not a factor of a LoRA adapter"
         elif fault := unusable(module, info):
@@ -157,6 +166,8 @@ def _check_header(header: Mapping[str, TensorInfo]) -> Iterable[tuple[str, str]]
             yield name, f"there is no {other}"
         elif leaf == "lora_a" and info.shape[1] != header[other].shape[0]:
             yield name, f"shape {info.shape} does not go with {header[other].shape} of its lora_b"
+        elif dora and f"{module}.m" not in header:
+            yield name, f"there is no {module}.m"
 
 
 def unusable(module: str, info: TensorInfo) -> str | None:
@@ -173,6 +184,17 @@ def unusable(module: str, info: TensorInfo) -> str | None:
         return "adapts stacked experts, which is not supported"
     if len(info.shape) != 2 or 0 in info.shape:
         return f"shape {info.shape}; must be that of a matrix"
+    return None
+
+
+def unusable_magnitude(info: TensorInfo, b: TensorInfo | None, dora: bool, axis: int) -> str | None:
+    """Why a magnitude of DoRA cannot be used, whatever the format; `axis` of B is the outputs'."""
+    if not dora:
+        return "the magnitude of a DoRA adapter, but the config says that it is none"
+    if info.dtype not in _FLOATS:
+        return f"dtype {info.dtype}; must be one of {', '.join(sorted(_FLOATS))}"
+    if b is None or len(b.shape) != 2 or info.shape != (b.shape[axis],):
+        return f"shape {info.shape} does not go with its B"
     return None
 
 
@@ -256,7 +278,8 @@ def apply(model: nn.Module, adapter: Adapter) -> None:
             what = f"from {a.shape[0]} to {b.shape[1]}, but the model's is {inputs} to {outputs}"
             faults.append(Fault(where, path, what))
             continue
-        layer = LoRALinear(
+        kind = DoRALinear if f"{path}.m" in adapter.tensors else LoRALinear
+        layer = kind(
             linear,
             rank=adapter.rank,
             scale=adapter.scale,
@@ -264,6 +287,8 @@ def apply(model: nn.Module, adapter: Adapter) -> None:
             key=mx.random.key(0),
         )
         layer.lora_a, layer.lora_b = a, b
+        if isinstance(layer, DoRALinear):
+            layer.m = adapter.tensors[f"{path}.m"]
         layers.append((path, layer))
     if faults:
         raise ModelError(*faults)

@@ -81,7 +81,7 @@ class LoraParameters(_Config):
 class MlxConfig(_Config):
     """mlx-lm's, with three keys of our own at its end."""
 
-    fine_tune_type: Literal["lora"] = "lora"
+    fine_tune_type: Literal["lora", "dora"] = "lora"
     num_layers: Annotated[int, Field(ge=ALL_LAYERS, le=_MAX_RANK)]
     lora_parameters: LoraParameters
     model: _Name | None = None
@@ -97,6 +97,7 @@ class PeftConfig(_Config):
     lora_alpha: _Scale
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     base_model_name_or_path: _Name | None = None
     revision: _Name | None = None
     target_modules: list[str] | str | None = None
@@ -105,7 +106,6 @@ class PeftConfig(_Config):
     alpha_pattern: dict[_Pattern, _Scale] | None = None
     bias: Literal["none"] = "none"
     init_lora_weights: Annotated[Any, AfterValidator(_keeps_the_base)] = True
-    use_dora: _Off = None
     use_qalora: _Off = None
     use_bdlora: _Off = None
     lora_bias: _Off = None

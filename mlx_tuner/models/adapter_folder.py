@@ -27,7 +27,7 @@ def read_adapter(directory: Path) -> Adapter:
     regular files inside it, a run's recipe, summary and plot as well.
 
     Raises:
-        ModelError: there is none, it is of a kind that cannot be used (DoRA, full fine-tunes,
+        ModelError: there is none, it is of a kind that cannot be used (full fine-tunes,
             embeddings, pickles), or its files are damaged or contradict each other; all faults
             of the tensors at once.
     """

@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.models.adapter import Adapter, load_tensors, split_block, unusable, write_tensors
+from mlx_tuner.models.adapter import (
+    Adapter,
+    load_tensors,
+    split_block,
+    unusable,
+    unusable_magnitude,
+    write_tensors,
+)
 from mlx_tuner.models.adapter_config import CONFIG, PeftConfig, read_config
 from mlx_tuner.models.tensors import TensorInfo
 from mlx_tuner.system import files
@@ -28,7 +35,7 @@ from mlx_tuner.system import files
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 _STEM = "language_model."
 """Where MLX keeps the blocks of Qwen3.5. transformers' `AutoModelForCausalLM` has no such part."""
@@ -67,6 +74,8 @@ def write_peft(directory: Path, adapter: Adapter) -> None:
         a, b = short[f"{path}.lora_a"], short[f"{path}.lora_b"]
         tensors[_PREFIX + path + _A] = mx.contiguous(a.T)
         tensors[_PREFIX + path + _B] = mx.contiguous((b * factor).T)
+        if adapter.is_dora:
+            tensors[_PREFIX + path + _M] = short[f"{path}.m"]
     targets, layers = _selection(adapter)
     alpha = adapter.scale * adapter.rank
     config: dict[str, Any] = {
@@ -86,7 +95,7 @@ def write_peft(directory: Path, adapter: Adapter) -> None:
         "bias": "none",
         "modules_to_save": None,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": adapter.is_dora,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -149,6 +158,8 @@ def read_peft(directory: Path) -> Adapter:
             b = b * (scales[module] / scale)
         merged[f"{module}.lora_a"] = mx.contiguous(mx.pad(a, [(0, 0), (0, missing)]))
         merged[f"{module}.lora_b"] = mx.contiguous(mx.pad(b, [(0, missing), (0, 0)]))
+        if config.use_dora:
+            merged[f"{module}.m"] = tensors[_PREFIX + module + _M]
     adapter = Adapter(
         merged,
         rank=rank,
@@ -192,7 +203,7 @@ def _restored(adapter: Adapter, note: Mapping[str, Any]) -> Adapter:
 
 
 def _module(name: str) -> str:
-    return name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
+    return name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B).removesuffix(_M)
 
 
 def _rank(config: PeftConfig, module: str) -> int:
@@ -234,8 +245,10 @@ def _check_header(
 def _name_faults(header: Mapping[str, TensorInfo], config: PeftConfig) -> Iterable[tuple[str, str]]:
     for name, info in header.items():
         module = _module(name)
-        if "lora_magnitude_vector" in name:
-            yield name, "the magnitude of a DoRA adapter, which is not supported"
+        if name.startswith(_PREFIX) and name.endswith(_M):
+            b = header.get(_PREFIX + module + _B)
+            if fault := unusable_magnitude(info, b, config.use_dora, axis=0):
+                yield name, fault
         elif "lora_embedding_" in name:
             yield name, "adapts an embedding, which is not supported"
         elif not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
@@ -244,12 +257,16 @@ def _name_faults(header: Mapping[str, TensorInfo], config: PeftConfig) -> Iterab
             yield name, fault
         elif (other := _PREFIX + module + (_B if name.endswith(_A) else _A)) not in header:
             yield name, f"there is no {other}"
+        elif config.use_dora and _PREFIX + module + _M not in header:
+            yield name, f"there is no {_PREFIX + module + _M}"
         elif not _selected(config, module):
             yield name, "adapts a module that target_modules and layers_to_transform leave out"
 
 
 def _rank_faults(header: Mapping[str, TensorInfo], config: PeftConfig) -> Iterable[tuple[str, str]]:
     for name, info in header.items():
+        if name.endswith(_M):
+            continue
         rank = _rank(config, _module(name))
         if (found := info.shape[0 if name.endswith(_A) else 1]) != rank:
             yield name, f"rank {found}, but {CONFIG} says {rank}"

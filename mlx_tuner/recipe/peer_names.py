@@ -21,6 +21,7 @@ RENAMED = {
     "lora_modules": "lora.target_modules",
     "lora_r": "lora.rank",
     "lora_rank": "lora.rank",
+    "loraplus_lr_ratio": "train.lora_plus_ratio",
     "lr": "train.learning_rate",
     "lr_scheduler": "train.lr_schedule",
     "lr_scheduler_type": "train.lr_schedule",
@@ -32,6 +33,7 @@ RENAMED = {
     "model_id": "model.path",
     "model_name": "model.path",
     "model_name_or_path": "model.path",
+    "neftune_noise_alpha": "train.neftune_noise",
     "num_epochs": "train.epochs",
     "num_lora_layers": "lora.num_layers",
     "num_train_epochs": "train.epochs",
@@ -66,7 +68,7 @@ _EFFECTIVE_BATCH = (
 _MAX_STEPS = "write `train.max_steps` (optimizer steps, not forward passes) or `train.epochs`"
 _ADAM = "the optimizer is AdamW with β 0.9 0.999 and ε 1e-8; remove the key"
 _RUN_DIR = "the run directory is adapters/NAME; remove the key and use --run-dir"
-_ONLY_LORA = "LoRA is what is trained; remove the key"
+_VARIANT = 'write `lora.variant`: "lora", "rslora" or "dora"'
 _PRECISION = (
     "the model's own precision is used; remove the key, or `mlx-tune convert` the model first"
 )
@@ -82,7 +84,7 @@ ANSWERED = {
     "completion_only_loss": "write `data.mask_prompt`, which is true by default",
     "dtype": _PRECISION,
     "effective_batch_size": _EFFECTIVE_BATCH,
-    "fine_tune_type": _ONLY_LORA,
+    "fine_tune_type": _VARIANT,
     "fp16": _PRECISION,
     "global_batch_size": _EFFECTIVE_BATCH,
     "grad_accumulation_steps": _EFFECTIVE_BATCH,
@@ -103,8 +105,8 @@ ANSWERED = {
     "train_on_input": "write `data.mask_prompt`, which means the opposite",
     "train_on_inputs": "write `data.mask_prompt`, which means the opposite",
     "trust_remote_code": "code that comes with a model is never run; remove the key",
-    "use_dora": _ONLY_LORA,
-    "use_rslora": "scale is alpha / rank; write `lora.alpha` = alpha * sqrt(rank)",
+    "use_dora": _VARIANT,
+    "use_rslora": _VARIANT,
     "val_batches": "validation covers all of `data.valid`; remove the key",
     "validation_split": "write `data.valid` as a fraction of the rows, such as 0.1",
     "warmup_ratio": "write `train.warmup_steps`, a number of steps",

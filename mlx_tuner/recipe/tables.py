@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import re
 import stat
@@ -147,6 +148,9 @@ class LoraTable(_Table):
     num_layers: int | None = Field(
         None, ge=1, le=100_000, description="the last N blocks; all of them where absent"
     )
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="rslora: scale = alpha / sqrt(rank); dora: learned lengths of rows"
+    )
     init_from: Annotated[str, AfterValidator(_path)] | None = Field(
         None, description="a run or adapter folder to start from"
     )
@@ -154,7 +158,7 @@ class LoraTable(_Table):
     @property
     def scale(self) -> float:
         """What the adapter's output is multiplied with."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
 
 
 class TrainTable(_Table):
@@ -174,6 +178,12 @@ class TrainTable(_Table):
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, a step and learning rate")
     max_grad_norm: float = Field(
         1.0, ge=0, le=1e9, description="gradients are clipped to this L2 norm; 0 = never"
+    )
+    lora_plus_ratio: float = Field(
+        1.0, gt=0, le=1e4, description="LoRA+: learning rate of B over that of A; 1 = off"
+    )
+    neftune_noise: float = Field(
+        0.0, ge=0, le=1e4, description="NEFTune: alpha of the noise on the embeddings; 0 = off"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     log_every: int = Field(10, ge=1, le=_HUGE, description="steps between log lines")
@@ -479,7 +489,10 @@ def _check_lengths(train: Any, report: _Report) -> None:
 
 def _check_together(tables: dict[str, Any], checked: dict[str, Any], report: _Report) -> None:
     """What must fit between keys that are right by themselves."""
-    train = checked.get("train")
+    lora, train = checked.get("lora"), checked.get("train")
+    if lora and lora.variant == "dora" and lora.dropout:
+        what = 'is given beside lora.variant = "dora", where PEFT and mlx-lm differ; give 0'
+        report.add(("lora", "dropout"), what)
     if not train:
         return
     if train.max_steps and train.warmup_steps > train.max_steps:
