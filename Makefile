@@ -17,7 +17,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test quick lint fix bench clean
+.PHONY: demo test quick metal lint fix bench clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -58,6 +58,9 @@ test: $(VENV)/.test
 
 quick: $(VENV)/.test
 	$(PYTEST) --quick
+
+metal: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m metal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

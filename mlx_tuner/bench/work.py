@@ -111,10 +111,14 @@ class Work:
         """What training needs at least, with the smallest micro-batches that rows allow."""
         model = adapted(models.skeleton(self.config))
         model.set_dtype(compute_dtype())
+        return self.step_bytes(model, max(memory.SMALLEST, self._longest_row))
+
+    def step_bytes(self, model: nn.Module, micro_batch_tokens: int) -> int:
+        """Estimated peak memory of a step, the model included."""
         return memory.step_bytes(
             assembly.weight_bytes(model),
             assembly.trainable_parameters(model),
-            max(memory.SMALLEST, self._longest_row),
+            micro_batch_tokens,
             self._token_bytes(model),
         )
 

@@ -17,14 +17,36 @@ PEER = "mlx-lm"
 
 
 @click.command()
+@click.option("--self-test", is_flag=True, help="Prove the GPU against the CPU: about a minute.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Write what the self-test finds to a Markdown file, for an issue.",
+)
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(self_test: bool, report: Path | None, as_json: bool) -> None:
     """What this machine has, what is missing, what to do."""
+    if report and not self_test:
+        raise UsageError("--report is for --self-test; give both")
+    if self_test:
+        _self_test(report, as_json)
+        return
     from mlx_tuner.commands.doctor import examine
 
-    report = examine()
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report)
-    sys.exit(0 if report.can_train else 1)
+    found = examine()
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found)
+    sys.exit(0 if found.can_train else 1)
+
+
+def _self_test(report: Path | None, as_json: bool) -> None:
+    from mlx_tuner.bench.self_test import run
+    from mlx_tuner.system import files
+
+    found = run(lambda finding: None if as_json else click.echo(finding))
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.verdict)
+    if report:
+        files.write_text(report, found.to_markdown())
+    sys.exit(0 if found.ok else 1)
 
 
 @click.command()

@@ -12,11 +12,15 @@ import mlx.core as mx
 MAX_LANES = 4
 
 
-@cache
 def lanes() -> tuple[mx.Stream, ...]:
     """One stream on a GPU; on the CPU backend one a core, at most `MAX_LANES`."""
-    first = mx.default_stream(mx.default_device())
-    if mx.default_device().type == mx.gpu:
+    return _lanes(mx.default_device().type)
+
+
+@cache
+def _lanes(kind: mx.DeviceType) -> tuple[mx.Stream, ...]:
+    first = mx.default_stream(mx.Device(kind))
+    if kind == mx.gpu:
         return (first,)
     extra = min(os.cpu_count() or 1, MAX_LANES) - 1
     return (first, *(mx.new_stream(mx.cpu) for _ in range(extra)))
