@@ -71,13 +71,13 @@ def open_file(
     Raises:
         DataError, ModelError: as `open_data` does.
     """
-    return open_dataset(
-        local_file(source),
-        encoder(table, tokenizer),
-        limit=limit,
-        on_bad_row=table.on_bad_row,
-        task=task,
+    path = local_file(source)
+    rows = open_dataset(
+        path, encoder(table, tokenizer), limit=limit, on_bad_row=table.on_bad_row, task=task
     )
+    if source.startswith(HUB):
+        rows.origin = f"{source}: the rows of {path.name}"
+    return rows
 
 
 def encoder(table: DataTable, tokenizer: Any) -> Encoder:

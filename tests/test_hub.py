@@ -174,14 +174,37 @@ def test_a_file_of_rows_is_taken_by_name_from_a_folder_and_checked(fake):
     assert path.read_bytes() == b"gz"
 
 
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], 0),
+        (["valid.jsonl", "train.jsonl", "README.md"], 1),
+        (["alpaca_data.json", "alpaca_eval.json"], 0),
+        (["en/training.json.gz", "en/dev.json.gz"], 0),
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], None),
+        (["constrained.jsonl", "retrained.jsonl"], None),
+    ],
+)
+def test_of_several_files_the_training_split_is_taken(fake, names, taken):
+    repository = fake.repositories["datasets/acme/rows"]
+    repository.files = {name: name.encode() for name in names}
+    if taken is None:
+        text = fault(DataError, hub.download_dataset_file, "acme/rows")
+        assert f"several files to train on; name one as hub:acme/rows/FILE: {names[0]}" in text
+    else:
+        path = hub.download_dataset_file("acme/rows")
+        assert path.read_bytes() == names[taken].encode()
+
+
 def test_several_files_of_rows_are_listed(fake):
-    fake.repositories["datasets/acme/rows"].files["test.json"] = b"[]"
+    fake.repositories["datasets/acme/rows"].files["more.json"] = b"[]"
     text = fault(DataError, hub.download_dataset_file, "acme/rows")
     assert text == (
-        "acme/rows: has several files; name one as hub:acme/rows/FILE: rows.jsonl, test.json"
+        "acme/rows: has several files to train on; "
+        "name one as hub:acme/rows/FILE: more.json, rows.jsonl"
     )
     text = fault(DataError, hub.download_dataset_file, "acme/rows/train.json")
-    assert "has no file train.json; choose from rows.jsonl, test.json" in text
+    assert "has no file train.json; choose from more.json, rows.jsonl" in text
     fake.repositories["datasets/acme/rows"].files = {"README.md": b""}
     assert "no .json" in fault(DataError, hub.download_dataset_file, "acme/rows")
 

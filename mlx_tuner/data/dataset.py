@@ -240,6 +240,8 @@ class Dataset:
         """Of the file's rows; none where `open_dataset` opened it."""
         self.left_out = reader.left_out
         """Of the whole file, also where this is a part of it."""
+        self.origin = ""
+        """Which file was taken, where the user named none."""
         self._reader = reader
         self._rows = rows
 
@@ -317,13 +319,15 @@ class Dataset:
     @property
     def notes(self) -> list[str]:
         """What the user should know of the file, a sentence each."""
-        return [*self.left_out.notes, *self.survey.notes()]
+        return [*filter(None, [self.origin]), *self.left_out.notes, *self.survey.notes()]
 
     def part(self, chosen: np.ndarray) -> Dataset:
         """The rows at which `chosen` (bool, shape (len,)) is true, in their order."""
         rows = np.flatnonzero(chosen).astype(np.uint32)
         rows = rows if self._rows is None else self._rows[rows]
-        return Dataset(self._reader, rows, self.survey.of(rows), self.faults)
+        part = Dataset(self._reader, rows, self.survey.of(rows), self.faults)
+        part.origin = self.origin
+        return part
 
     def _row(self, position: int) -> int:
         if not 0 <= position < len(self):

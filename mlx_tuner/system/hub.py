@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -28,7 +29,9 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from mlx_tuner.errors import DataError, Fault, ModelError, TunerError, first_line
 
 _MODEL_FILES = ("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
-_ROW_FILES = (".jsonl", ".json", ".jsonl.gz")
+_ROW_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+_TRAINING = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
+_HELD_OUT = re.compile(r"(^|[/_.-])(test|valid|validation|val|dev|eval)([/_.-]|$)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _NOT_ROWS = {"dataset_infos.json", "dataset_info.json"}
 _MAX_LISTED = 10
@@ -55,7 +58,7 @@ def download_model(name: str, revision: str | None = None) -> Path:
 
 
 def download_dataset_file(name: str, revision: str | None = None) -> Path:
-    """One file of rows of a Hub dataset, `OWNER/NAME/FILE`, or `OWNER/NAME` where it has only one.
+    """A file of rows of a Hub dataset, `OWNER/NAME/FILE`, or of `OWNER/NAME` its training split.
 
     Raises:
         DataError: there is no such dataset, file or revision, it may not be had, arrives damaged,
@@ -105,15 +108,18 @@ def _row_file(repository: str, names: list[str], wanted: str) -> str:
     )
     if wanted in names:
         return wanted
-    if not wanted and len(candidates) == 1:
-        return candidates[0]
+    training = [n for n in candidates if _TRAINING.search(n)]
+    training = training or [n for n in candidates if not _HELD_OUT.search(n)]
+    if not wanted and len(training) == 1:
+        return training[0]
+    candidates = candidates if wanted else training or candidates
     listed = ", ".join(candidates[:_MAX_LISTED]) + (" …" if len(candidates) > _MAX_LISTED else "")
     if not candidates:
-        what = "has no .json, .jsonl or .jsonl.gz file"
+        what = "has no .json, .jsonl or .parquet file"
     elif wanted:
         what = f"has no file {wanted}; choose from {listed}"
     else:
-        what = f"has several files; name one as hub:{repository}/FILE: {listed}"
+        what = f"has several files to train on; name one as hub:{repository}/FILE: {listed}"
     raise DataError(Fault(repository, "", what))
 
 
