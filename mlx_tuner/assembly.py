@@ -149,7 +149,12 @@ def sample_prompts(recipe: Recipe, loaded: Loaded) -> list[list[int]]:
     system = recipe.data.system_prompt
     before = [{"role": "system", "content": system}] if system else []
     return [
-        prompt_tokens(loaded.tokenizer, [*before, {"role": "user", "content": prompt}], loaded.path)
+        prompt_tokens(
+            loaded.tokenizer,
+            [*before, {"role": "user", "content": prompt}],
+            loaded.path,
+            recipe.data.chat_template,
+        )
         for prompt in recipe.sample.prompts
     ]
 

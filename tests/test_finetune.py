@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -17,6 +19,7 @@ from safetensors.numpy import load_file
 from mlx_tuner import assembly, session, training
 from mlx_tuner.commands.generate import answer, load
 from mlx_tuner.errors import DataError, ModelError, RecipeError, RunError, UsageError
+from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.tables import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
@@ -367,6 +370,55 @@ def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
     assert kept["nonfinite_in_a_row"] == 2
     message = str(error.value)
     assert "step 5 had no finite loss or gradient; its rows: lines 9, 10, 11, 12" in message
+
+
+def test_rows_that_turn_out_unusable_are_left_out_of_their_steps_counted_and_named(
+    root, tmp_path, capsys, monkeypatch
+):
+    lines = (root / "data" / "python_100.jsonl").read_text().splitlines()[:9]
+    long = json.dumps({"instruction": "why? " * 300, "output": "so"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:5], long, long, *lines[5:]]))
+    text = RECIPE.replace("python_100.jsonl", str(tmp_path / "rows.jsonl"))
+    text = text.replace("limit = 20", "max_seq_length = 256\nshuffle = false")
+    text = text.replace('valid = "python_valid.jsonl"', "").replace("eval_every = 3", "")
+    recipe = recipe_of(root, text, train__batch_size=1, train__epochs=1, train__log_every=1)
+    opened = partial(assembly.open_dataset, surveyed_rows=5)
+    monkeypatch.setattr(assembly, "open_dataset", opened)
+    summary = run_recipe(recipe, tmp_path / "run")
+    assert (summary.steps, summary.rows) == (11, 11)
+    quarantine = (tmp_path / "run" / "quarantine.jsonl").read_text()
+    left_out = [json.loads(line) for line in quarantine.splitlines()]
+    assert [row["line"] for row in left_out] == [6, 7]
+    assert left_out[0]["reason"].startswith("no target tokens within data.max_seq_length = 256")
+    assert "2 rows left out of their steps: see quarantine.jsonl" in capsys.readouterr().err
+    trained = [r for r in runs.read_records(tmp_path / "run") if isinstance(r, TrainRecord)]
+    assert [r.rows for r in trained] == [1] * 5 + [0] * 2 + [1] * 4
+    assert math.isfinite(summary.train_loss)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(8, 1), (100, 6), (96, 6), (9, 1)])
+def test_evaluations_come_twice_an_epoch_unless_the_recipe_says_otherwise(root, rows, steps):
+    text = RECIPE.replace("eval_every = 3", "")
+    assert assembly.eval_every(recipe_of(root, text), rows) == steps
+    assert assembly.eval_every(recipe_of(root, text, train__eval_every=7), rows) == 7
+
+
+def test_a_runs_template_variables_are_those_of_its_answers(finished, tmp_path):
+    path, _ = finished
+    shutil.copytree(path, tmp_path / "run")
+    record = tmp_path / "run" / "recipe.toml"
+    assert load(str(path)).template_variables == {}
+    table = "[data.chat_template]\n"
+    assert record.read_text().count(table) == 1
+    record.write_text(record.read_text().replace(table, f"{table}style = 'x'\n"))
+    loaded = load(str(tmp_path / "run"))
+    assert loaded.template_variables == {"style": "x"}
+    template = "{% for m in messages %}{{ m.content }}{% endfor %} in {{ style }}"
+    loaded.tokenizer._tokenizer.chat_template = template
+    prompt = prompt_tokens(
+        loaded.tokenizer, [{"role": "user", "content": "a"}], path, loaded.template_variables
+    )
+    assert loaded.tokenizer.decode(prompt) == "a in x"
 
 
 def test_a_run_can_overwrite_the_run_that_it_starts_from(root, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx_lm
@@ -15,6 +16,8 @@ from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import Message, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.models.model import Loaded
+from mlx_tuner.recipe.tables import load_recipe
+from mlx_tuner.runs.place import RECIPE
 
 
 def load(name: str, *, base: bool = False, model: str | None = None) -> Loaded:
@@ -36,6 +39,9 @@ def load(name: str, *, base: bool = False, model: str | None = None) -> Loaded:
     folder = resolve_base(trained, model)
     check_base(trained, folder)
     loaded = models.load(folder)
+    if (record := Path(name) / RECIPE).is_file():
+        table = load_recipe(record, check_paths=False).data
+        loaded = replace(loaded, template_variables=table.chat_template)
     if not base:
         adapter.apply(loaded.model, trained)
         loaded.model.eval()
@@ -53,7 +59,7 @@ def answer(
     Raises:
         ModelError: the model has no chat template, or it refuses the messages.
     """
-    prompt = prompt_tokens(loaded.tokenizer, messages, loaded.path)
+    prompt = prompt_tokens(loaded.tokenizer, messages, loaded.path, loaded.template_variables)
     sampler = make_sampler(temp=temperature)
     for response in mlx_lm.stream_generate(
         loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, sampler=sampler

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Loaded:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     path: Path
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """What its chat template is given beside the messages."""
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
