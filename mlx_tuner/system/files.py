@@ -340,11 +340,15 @@ def _manifest(files: dict[str, Any]) -> str:
 def faults_named(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn an `OSError` into a `RunError` that names `path` and what can be done.
 
-    An error that names a file elsewhere is one of reading what is to be written.
+    An error that names a file elsewhere is one of reading what is to be written. One in a folder
+    that is staged is left to the block around it, which knows the folder's own name and size.
 
     Args:
         size: bytes that were to be written.
     """
+    if _is_staged(path):
+        yield
+        return
     amount = "" if size is None else f" {size:,} bytes"
     try:
         yield
@@ -374,5 +378,8 @@ def _source(error: OSError, target: Path) -> Path | None:
         return None
     source, target = Path(os.fsdecode(error.filename)).absolute(), target.absolute()
     ours = source == target or source in target.parents or target in source.parents
-    staged = any(part.startswith((_TEMPORARY, _TRASH)) for part in source.parts)
-    return None if ours or staged else source
+    return None if ours or _is_staged(source) else source
+
+
+def _is_staged(path: Path) -> bool:
+    return any(part.startswith((_TEMPORARY, _TRASH)) for part in path.parts)
