@@ -3,8 +3,11 @@
     python benchmarks/training.py                 # Qwen2.5-0.5B shape, 8 rows a step
     python benchmarks/training.py --scaling       # ours alone, 8 and 128 rows a step
     python benchmarks/training.py --targets       # ours alone, answers or every token learned
+    python benchmarks/training.py --shape qwen3_5 --steps 1   # a small Qwen3.5
+    python benchmarks/training.py --doubling      # ours alone, that one, and rows twice as long
 
-Random weights of a real shape, the real tokenizer and CodeAlpaca rows (`shared.py`). mlx-lm is
+Random weights of a real shape, the real tokenizer and CodeAlpaca rows (`shared.py`); Qwen3.5 is
+8 blocks of 512 on random rows of 256 to 512 tokens. mlx-lm is
 its trainer's own loss, batches and compiled step, whose shapes are compiled before it is timed.
 Each trainer runs in a process of its own.
 """
@@ -23,12 +26,30 @@ from mlx_tuner.engine.batching import Example
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, SCALE, LEARNING_RATE = 8, 2.0, 1e-4
+QWEN3_5 = "qwen3_5"
+SMALL = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "intermediate_size": 1152,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "tie_word_embeddings": True,
+}
+"""25 M parameters, in the proportions of Qwen3.5-0.8B, with heads of half the size."""
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--one", choices=["ours", "mlx-lm"], help="measure one turn, here")
-    parser.add_argument("--shape", default="0.5B", choices=["0.5B", "1.5B"])
+    parser.add_argument("--shape", default="0.5B", choices=["0.5B", "1.5B", QWEN3_5])
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
@@ -36,11 +57,17 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--scaling", action="store_true", help="ours at --rows and 16 times that")
     parser.add_argument("--targets", action="store_true", help="ours, prompts masked and not")
+    parser.add_argument("--doubling", action="store_true", help="ours, Qwen3.5, and longer rows")
+    parser.add_argument("--longer", type=int, default=1, help="times that Qwen3.5's rows are long")
     parser.add_argument("--learn-prompts", action="store_true", help="every token is a target")
     args = parser.parse_args()
     if args.one:
         measure = ours if args.one == "ours" else mlx_lm
-        rows = load_rows(args.rows * args.steps, mask_prompt=not args.learn_prompts)
+        count = args.rows * args.steps
+        if args.shape == QWEN3_5:
+            rows = random_rows(count, args.longer)
+        else:
+            rows = load_rows(count, mask_prompt=not args.learn_prompts)
         report(**measure(args, rows))
         return
 
@@ -64,6 +91,13 @@ def main() -> None:
             f"{rows} rows a step": variant("ours", rows=rows, steps=1, micro_batch_tokens=512),
         }
         baseline = f"{args.rows} rows a step"
+    elif args.doubling:
+        settings |= {"shape": QWEN3_5, "steps": 1}
+        variants = {
+            "256 to 512 tokens": variant("ours"),
+            "512 to 1024 tokens": variant("ours", longer=2),
+        }
+        baseline = "256 to 512 tokens"
     elif args.targets:
         variants = {
             "every token a target": variant("ours", learn_prompts=True),
@@ -75,7 +109,13 @@ def main() -> None:
         baseline = "mlx-lm"
     runs = interleave(variants, repeats=args.repeats, on_result=lambda *turn: print(*turn))
     print(table(runs, baseline=baseline))
-    kind = "-scaling" if args.scaling else "-targets" if args.targets else ""
+    kinds = {
+        "-scaling": args.scaling,
+        "-doubling": args.doubling,
+        "-targets": args.targets,
+        f"-{QWEN3_5}": args.shape == QWEN3_5,
+    }
+    kind = next((kind for kind, asked in kinds.items() if asked), "")
     print(save(args.name or f"training{kind}", runs, baseline=baseline, settings=settings))
 
 
@@ -105,14 +145,30 @@ def load_rows(count: int, *, mask_prompt: bool = True) -> list[Example]:
     return [Example(encoded.tokens, encoded.loss_mask) for encoded in encoder.encode(rows)]
 
 
+def random_rows(count: int, longer: int) -> list[Example]:
+    """Rows of 256 to 512 tokens, times ``longer``, whose second half carries the loss."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        length = longer * (256 + 256 * (i % 8) // 7)
+        tokens = rng.integers(0, SMALL["vocab_size"], length, np.int32)
+        rows.append(Example(tokens, np.arange(length) >= length // 2, i))
+    return rows
+
+
 def random_model(args: Any) -> Any:
     """A model of the real shape with random weights, evaluated."""
     import mlx.core as mx
 
     from mlx_tuner.models.model import skeleton
 
-    config = json.loads((shared() / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
-    config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
+    if args.shape == QWEN3_5:
+        config = {"model_type": "qwen3_5", "text_config": SMALL}
+    else:
+        config = json.loads((shared() / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
+        config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
     mx.random.seed(0)
     model = skeleton(config)
     model.set_dtype(getattr(mx, args.dtype))
@@ -135,9 +191,9 @@ def ours(args: Any, rows: list[Example]) -> dict[str, float]:
     rates = [LEARNING_RATE] * len(batches)
     first_loss = next(train(trainer, batches[:1], rates)).loss
     mx.reset_peak_memory()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     results = list(train(trainer, batches, rates))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 
     steps = [trainer.make_micro_batches(batch) for batch in batches]
     micro_batches = [m for step in steps for m in step.micro_batches]
@@ -148,6 +204,7 @@ def ours(args: Any, rows: list[Example]) -> dict[str, float]:
     return {
         "samples_per_second": len(rows) / seconds,
         "tokens_per_second": tokens / seconds,
+        "samples_per_cpu_second": len(rows) / cpu,
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
         "processed_per_token": processed / tokens,
         "processed_per_token_unshared": (processed + saved) / tokens,
@@ -181,14 +238,15 @@ def mlx_lm(args: Any, rows: list[Example]) -> dict[str, float]:
     batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
     losses = [trainer.step(batch)[0] for batch in batches]  # each of its shapes is compiled
     mx.reset_peak_memory()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     processed = sum(trainer.step(batch)[1] for batch in batches)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     tokens = sum(len(row.tokens) for row in rows)
     targets = sum(int(row.loss_mask.sum()) for row in rows)
     return {
         "samples_per_second": len(rows) / seconds,
         "tokens_per_second": tokens / seconds,
+        "samples_per_cpu_second": len(rows) / cpu,
         "peak_memory_gb": mx.get_peak_memory() / 1e9,
         "processed_per_token": processed / tokens,
         "head_positions_per_target": processed / targets,

@@ -114,10 +114,10 @@ def test_chunks_go_by_their_place_in_the_row_and_rows_go_longest_first():
 
 def test_the_convolution_of_a_row_sees_its_past_and_the_tail_alone():
     lengths, size, channels, width = [7, 3], 4, 5, 4
-    x, weight = mx.random.normal((10, channels)), mx.random.normal((channels, width))
+    x, weight = mx.random.normal((10, channels)), mx.random.normal((width, channels))
     tail = mx.random.normal((1, width - 1, channels))
     conv = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
-    conv.weight = weight[..., None]
+    conv.weight = weight.T[..., None]
     tokens, rows = gated_delta.chunk(lengths, size)
     padded = mx.concatenate([x, mx.zeros((1, channels))])[mx.array(tokens)]
     ours = gated_delta.causal_conv(padded.reshape(-1, size, channels), weight, tail, rows)

@@ -42,14 +42,13 @@ def assert_exact(model, rows, tolerance=1e-5, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_family_has_the_loss_and_gradients_of_rows_run_alone(
-    family, checkpointing, monkeypatch
-):
-    monkeypatch.setattr("mlx_tuner.engine.linear_attention.CHUNK", 8)
+def test_every_family_has_the_loss_and_gradients_of_rows_run_alone(family, checkpointing):
     # Of some rows the rounding of mlx-lm's loop is above 1e-5, as float64 shows (ours is below).
     rows = random_rows(LENGTHS[:5], prefix=12, seed=6)
     model = tiny_model(FAMILIES[family])
-    assert_exact(model, rows, micro_batch_tokens=60, checkpointing=checkpointing)
+    backend = replace(CPU, recurrence_chunk=8)
+    options = {"micro_batch_tokens": 60, "checkpointing": checkpointing, "backend": backend}
+    assert_exact(model, rows, **options)
 
 
 @pytest.mark.parametrize("prefix", [0, 5, 12, 60])

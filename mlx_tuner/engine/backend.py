@@ -20,6 +20,9 @@ class Backend:
     """Whether attention keeps its scores for the backward pass. (Metal's and CUDA's are fused.)"""
     keys_per_token: int | None = 512
     """Attention scores a head that a micro-batch may have for each of its tokens; None: any."""
+    recurrence_chunk: int = 32
+    """Tokens of a chunk of linear attention, a power of two: products grow with it, and chunks wait
+    for one another."""
     chunk_bytes: int = 64 * 2**20
     """Bytes of fp32 logits that the loss holds at once."""
     fused: bool = False
@@ -38,6 +41,7 @@ GPU = Backend(
     attention_tile=32,
     keeps_scores=False,
     keys_per_token=None,
+    recurrence_chunk=64,
     chunk_bytes=256 * 2**20,
     fused=True,
 )

@@ -46,19 +46,18 @@ class Layout(NamedTuple):
     lengths: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
     repeats: int
-    fused: bool
-    """`Backend.fused`."""
+    backend: Backend
     dropout_keys: mx.array | None = None
     """(N, 2) uint32, each token's own (`lora.token_keys`); None without dropout."""
     noise: Noise | None = None
     """What is added to the embeddings."""
 
     @classmethod
-    def of_prefix(cls, tokens: mx.array, fused: bool = False) -> Layout:
+    def of_prefix(cls, tokens: mx.array, backend: Backend = CPU) -> Layout:
         """A prefix alone, for what later tokens need of it."""
         own, none = mx.arange(len(tokens)), mx.zeros(0)
         alone = (len(tokens), 0, (), ())
-        return cls(tokens, own, own, none, none, none, none, *alone, repeats=1, fused=fused)
+        return cls(tokens, own, own, none, none, none, none, *alone, repeats=1, backend=backend)
 
     @classmethod
     def of(
@@ -81,7 +80,7 @@ class Layout(NamedTuple):
             batch.lengths,
             batch.groups,
             batch.repeats,
-            backend.fused,
+            backend,
             None if dropout_keys is None else mx.array(dropout_keys),
             noise,
         )
@@ -119,9 +118,9 @@ def hidden_at_targets(
     return x, inside
 
 
-def prefix_states(model: nn.Module, tokens: mx.array, *, fused: bool = False) -> list[PrefixState]:
+def prefix_states(model: nn.Module, tokens: mx.array, backend: Backend = CPU) -> list[PrefixState]:
     """Each block's state after prefix tokens (P,)."""
-    return _through_blocks(model, Layout.of_prefix(tokens, fused), (), None, False)[1]
+    return _through_blocks(model, Layout.of_prefix(tokens, backend), (), None, False)[1]
 
 
 def _through_blocks(
@@ -135,11 +134,12 @@ def _through_blocks(
     if layout.noise is not None:
         x = Noise(*layout.noise).on(x)
     slots = Gather(layout.slot_of_token, layout.token_of_slot)
-    chunks = Chunks.of(layout.prefix, layout.lengths, len(layout.tokens))
+    size = layout.backend.recurrence_chunk
+    chunks = Chunks.of(layout.prefix, layout.lengths, len(layout.tokens), size)
     inside = []
     for i, block in enumerate(model.layers):
         run: Callable[..., Any] = (
-            partial(_linear_attention, block.linear_attn, chunks, layout.fused)
+            partial(_linear_attention, block.linear_attn, chunks, layout.backend.fused)
             if "linear_attn" in block
             else partial(_attention, block.self_attn, layout, slots)
         )
@@ -163,7 +163,7 @@ def _block(
     _give_dropout_keys(block, layout, sources)
     mixed, *state = mix(sources, block.input_layernorm(x), past)
     x = mixed + (x if sources is None else sources(x))
-    return x + _mlp(block.mlp, block.post_attention_layernorm(x), layout.fused), *state
+    return x + _mlp(block.mlp, block.post_attention_layernorm(x), layout.backend.fused), *state
 
 
 def _give_dropout_keys(block: nn.Module, layout: Layout, sources: Gather | None) -> None:

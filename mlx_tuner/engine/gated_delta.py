@@ -50,11 +50,11 @@ def causal_conv(x: mx.array, weight: mx.array, tail: mx.array, rows: Sequence[in
     """Depthwise convolution of each row with what came before it, (n, C, channels) as ``x``.
 
     Args:
-        weight: (channels, width).
+        weight: (width, channels).
         tail: (1, width - 1, channels), what stands before every row.
         rows: as in `chunk`.
     """
-    width = weight.shape[1]
+    width = weight.shape[0]
     ends = x[:, x.shape[1] - (width - 1) :]
     before = [mx.broadcast_to(tail, (rows[0], *tail.shape[1:]))]
     first = 0
@@ -63,7 +63,7 @@ def causal_conv(x: mx.array, weight: mx.array, tail: mx.array, rows: Sequence[in
         first += now
     x = mx.concatenate([mx.concatenate(before), x], axis=1)
     size = x.shape[1] - (width - 1)
-    return sum(weight[:, i] * x[:, i : i + size] for i in range(width))
+    return sum(weight[i] * x[:, i : i + size] for i in range(width))
 
 
 def scan(

@@ -4,7 +4,10 @@ MLX's CPU backend runs each element-wise kernel on one thread, so a two-core mac
 its softmaxes on one core. On a GPU one stream already fills the machine.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
@@ -24,3 +27,21 @@ def _lanes(kind: mx.DeviceType) -> tuple[mx.Stream, ...]:
         return (first,)
     extra = min(os.cpu_count() or 1, MAX_LANES) - 1
     return (first, *(mx.new_stream(mx.cpu) for _ in range(extra)))
+
+
+def side_by_side(
+    function: Callable[..., tuple[mx.array, ...]], *arrays: mx.array, axis: int = 0
+) -> tuple[mx.array, ...]:
+    """``function(*arrays)``, shared out among the lanes along an axis.
+
+    All arrays and results have the axis, in one length, and no piece of it depends on another.
+    """
+    streams = lanes()[: arrays[0].shape[axis]]
+    if len(streams) == 1:
+        return function(*arrays)
+    ends = [arrays[0].shape[axis] * i // len(streams) for i in range(1, len(streams))]
+    results = []
+    for stream, *parts in zip(streams, *(mx.split(x, ends, axis) for x in arrays), strict=True):
+        with mx.stream(stream):
+            results.append(function(*parts))
+    return tuple(mx.concatenate(parts, axis) for parts in zip(*results, strict=True))

@@ -16,9 +16,7 @@ import numpy as np
 
 from mlx_tuner.engine import gated_delta, lora
 from mlx_tuner.engine.gather import Gather
-
-CHUNK = 64
-"""Tokens of a chunk: a power of two."""
+from mlx_tuner.engine.lanes import side_by_side
 
 NORM_EPS = 1e-6
 """Added to the sum of a query's or key's squares, in mlx-lm as in the paper's code."""
@@ -28,7 +26,8 @@ class Chunks(NamedTuple):
     """Where flat tokens lie in chunks."""
 
     slots: Gather
-    """Each chunk has ``CHUNK`` of them."""
+    size: int
+    """C, how many of them a chunk has."""
     real: mx.array
     """(N, 1), whether a token is none that pads."""
     prefix: int
@@ -39,13 +38,13 @@ class Chunks(NamedTuple):
     """As `gated_delta.chunk` gives it, of the rows."""
 
     @classmethod
-    def of(cls, prefix: int, lengths: Sequence[int], total: int) -> Chunks:
+    def of(cls, prefix: int, lengths: Sequence[int], total: int, size: int) -> Chunks:
         """Of ``prefix`` flat tokens, rows of such lengths, longest first, and padding to ``total``.
 
         Padding has an empty slot, of which there is one where padding is to a multiple of a chunk.
         """
-        before, prefix_rows = gated_delta.chunk([prefix], CHUNK)
-        after, rows = gated_delta.chunk(lengths, CHUNK)
+        before, prefix_rows = gated_delta.chunk([prefix], size)
+        after, rows = gated_delta.chunk(lengths, size)
         own = sum(lengths)
         before, after = (
             np.where(before < prefix, before, total),
@@ -57,7 +56,7 @@ class Chunks(NamedTuple):
         slots[tokens[used]] = used
         tokens = mx.array(tokens.astype(np.int32))
         real = mx.arange(total)[:, None] < prefix + own
-        return cls(Gather(mx.array(slots), tokens), real, prefix, prefix_rows, rows)
+        return cls(Gather(mx.array(slots), tokens), size, real, prefix, prefix_rows, rows)
 
 
 def read(
@@ -87,7 +86,9 @@ def read(
     log_decay = -mx.exp(net.A_log.astype(mx.float32)) * decay
     # Tokens that pad share an empty slot, on which the state does depend through these two.
     beta, log_decay = (mx.where(chunks.real, y, 0) for y in (beta, log_decay))
-    parts = [chunks.slots.back(y).reshape(-1, CHUNK, y.shape[1]) for y in (mixed, log_decay, beta)]
+    parts = [
+        chunks.slots.back(y).reshape(-1, chunks.size, y.shape[1]) for y in (mixed, log_decay, beta)
+    ]
     first = len(chunks.prefix_rows)
     outputs = []
     if chunks.prefix:
@@ -146,9 +147,11 @@ def _through_chunks(
 
 
 def _convolved(net: nn.Module, rows: Sequence[int], mixed: mx.array, tail: mx.array) -> mx.array:
-    weight = net.conv1d.weight[..., 0].astype(mx.float32)
-    mixed, tail = mixed.astype(mx.float32), tail.astype(mx.float32)
-    return _silu(gated_delta.causal_conv(mixed, weight, tail, rows))[0]
+    def convolved(*parts: mx.array) -> tuple[mx.array]:
+        mixed, weight, tail = (part.astype(mx.float32) for part in parts)
+        return (_silu(gated_delta.causal_conv(mixed, weight, tail, rows))[0],)
+
+    return side_by_side(convolved, mixed, net.conv1d.weight[..., 0].T, tail, axis=-1)[0]
 
 
 def _rule(
@@ -165,7 +168,8 @@ def _rule(
     q = q * net.head_k_dim**-0.5
     v, log_decay, beta = (y.reshape(*y.shape[:2], *heads, -1) for y in (v, log_decay, beta))
     q, k, v, log_decay, beta = (mx.moveaxis(y, 1, 3) for y in (q, k, v, log_decay, beta))
-    out, state = gated_delta.scan(q, k, v, log_decay[..., 0], beta[..., 0], state, rows)
+    inputs = q, k, v, log_decay[..., 0], beta[..., 0], state
+    out, state = side_by_side(partial(gated_delta.scan, rows=rows), *inputs, axis=1)
     return mx.moveaxis(out, 3, 1).reshape(*mixed.shape[:2], -1), state
 
 

@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import mlx.core as mx
 
-from mlx_tuner.engine.lanes import lanes
+from mlx_tuner.engine.lanes import side_by_side
 
 
 def swiglu(gate: mx.array, up: mx.array, *, fused: bool = False) -> mx.array:
@@ -31,7 +31,7 @@ def _swiglu_of(fused: bool) -> Callable[[mx.array, mx.array], tuple[mx.array, mx
     def both(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
         if fused or gate.dtype != mx.float32:
             return forward(gate, up), mx.zeros(())
-        sigmoid = side_by_side(mx.sigmoid, gate)
+        (sigmoid,) = side_by_side(lambda x: (mx.sigmoid(x),), gate)
         return gate * sigmoid * up, sigmoid
 
     @both.vjp
@@ -75,16 +75,3 @@ def _gradients(
 ) -> tuple[mx.array, mx.array]:
     silu = gate * sigmoid
     return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
-
-
-def side_by_side(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """An element-wise function of x, its first axis shared out among the lanes."""
-    streams = lanes()
-    if len(streams) == 1:
-        return function(x)
-    parts = []
-    ends = [x.shape[0] * i // len(streams) for i in range(1, len(streams))]
-    for part, stream in zip(mx.split(x, ends), streams, strict=True):
-        with mx.stream(stream):
-            parts.append(function(part))
-    return mx.concatenate(parts)

@@ -193,7 +193,7 @@ class Trainer:
         if not len(step.prefix):
             return []
         self._set(self.adapter)
-        return prefix_states(self.model, mx.array(step.prefix), fused=self.backend.fused)
+        return prefix_states(self.model, mx.array(step.prefix), self.backend)
 
     def _layout(self, batch: MicroBatch, number: int) -> Layout:
         """A micro-batch on the device, with the dropout keys and noise of step ``number``."""
