@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from run_records import begin, summary_of, train_record, users_run, validated
 
 from mlx_tuner.cli import main
-from mlx_tuner.commands.compare import compare
+from mlx_tuner.commands.compare import compare, progression
 from mlx_tuner.errors import RunError
 
 RECIPE = (
@@ -51,8 +51,8 @@ def test_finished_stopped_and_killed_runs_stand_side_by_side(runs):
     assert rows["rows"] == ["100", "1,000", "–"]
     assert rows["rank"] == ["16", "4", "8"]  # the killed run's is its recipe's
     assert rows["steps"] == ["30", "30", "20"]
-    assert rows["first loss"] == ["1.1542", "2.0000", "1.1542"]
-    assert rows["final loss"] == ["0.7703", "0.6667", "0.9250"]
+    assert rows["first log line's loss"] == ["1.1542", "2.0000", "1.1542"]
+    assert rows["last log line's loss"] == ["0.7703", "0.6667", "0.9250"]
     assert rows["best validation loss"] == ["–", "0.7000 at step 20", "–"]
     assert rows["gradient norm"] == [
         "0.617 → 0.456, falling",
@@ -114,27 +114,39 @@ def test_all_that_is_no_run_is_named_at_once(runs, tmp_path):
 def test_a_loss_that_is_not_finite_is_a_dash_and_null(tmp_path):
     path = make_run(tmp_path / "run", [train_record(1, math.nan)])
     comparison = compare([path])
-    assert table(comparison.to_markdown())["first loss"] == ["–"]
+    assert table(comparison.to_markdown())["first log line's loss"] == ["–"]
     json.dumps(comparison.to_json(), allow_nan=False)
 
 
-def test_the_command_prints_the_table_and_says_where_the_plot_is(runs, tmp_path):
-    result = CliRunner().invoke(main, ["compare", *map(str, runs), "-o", str(tmp_path / "out")])
+def test_the_words_of_the_progression_agree_with_its_numbers(runs):
+    names, rows = progression(compare(runs).runs)
+    assert names == ["version", "dataset", "loss", "quality", "status"]
+    # The first epoch has 10 steps of 1.1542 and 3 of 0.925, the last 3 of 0.925 and 10 of 0.7703.
+    assert rows[0][2:] == ["1.1013 → 0.8060 (-26.8 %)", "no validation", "finished"]
+    assert rows[1][3:] == ["rising, 0.7000", "stopped early"]
+
+
+def test_the_command_prints_the_table_and_writes_only_into_a_folder_that_is_given(
+    runs, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    here = tmp_path / "here"
+    monkeypatch.chdir(here)
+    result = CliRunner().invoke(main, ["compare", *map(str, runs)])
     assert result.exit_code == 0, result.output
     assert table(result.stdout)["rank"] == ["16", "4", "8"]
-    assert result.stderr == f"plot: {tmp_path / 'out' / 'compare.png'}\n"
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_prints_one_json_object_and_nothing_else(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["compare", "--json", *map(str, runs)])
+    assert (result.stderr, list(here.iterdir())) == ("", [])
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["compare", "--json", *map(str, runs), "-o", str(out)])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
-    assert values["plot"] == "compare.png"
-    assert (tmp_path / "compare.png").exists()
+    assert values["files"] == [str(out / "compare.html"), str(out / "compare.png")]
     assert [run["status"] for run in values["runs"]] == ["finished", "stopped early", "interrupted"]
     assert values["runs"][1]["best_step"] == 20
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "compare.html").read_text()
+    for cell in ("1.1013 → 0.8060 (-26.8 %)", "rising, 0.7000", "0.617 → 0.456, falling"):
+        assert f">{cell}</td>" in page
 
 
 def test_the_command_without_runs_or_with_none_is_an_error(tmp_path):

@@ -146,19 +146,18 @@ def eval_(
     "-o",
     "output",
     type=click.Path(path_type=Path),
-    default=Path(),
-    help="Folder for compare.png; default: the current one.",
+    help="Folder for compare.html and compare.png, which are made only if it is given.",
 )
-def compare(runs: tuple[Path, ...], as_json: bool, output: Path) -> None:
-    """RUNS side by side, as a table and a plot."""
-    from mlx_tuner.commands.compare import PLOT, compare
-    from mlx_tuner.show.plots import comparison as draw
+def compare(runs: tuple[Path, ...], as_json: bool, output: Path | None) -> None:
+    """RUNS side by side, as a table, and as a page and a plot."""
+    from mlx_tuner.commands.compare import compare, draw
 
     comparison = compare(runs)
-    plot = output / PLOT
-    draw(plot, comparison.records)
+    made = draw(comparison, output) if output else []
     if as_json:
-        click.echo(json.dumps({**comparison.to_json(), "plot": str(plot)}, indent=2))
-    else:
-        click.echo(comparison.to_markdown(), file=safe(sys.stdout))
-        click.echo(f"plot: {plot}", err=True)
+        found = {**comparison.to_json(), "files": [str(path) for path in made]}
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(comparison.to_markdown(), file=safe(sys.stdout))
+    for path in made:
+        click.echo(path, err=True)

@@ -25,9 +25,10 @@ from mlx_tuner.runs.metrics import (
 )
 from mlx_tuner.runs.place import RECIPE, is_run, is_running
 from mlx_tuner.runs.run import read_records, read_summary
-from mlx_tuner.words import duration, rate
+from mlx_tuner.runs.verdict import judge
+from mlx_tuner.words import duration, plural, rate
 
-PLOT = "compare.png"
+PLOT, PAGE = "compare.png", "compare.html"
 _TREND_PERCENT = 10.0
 """Change of the gradient norm from which on it is said to fall or rise."""
 
@@ -42,6 +43,8 @@ class RunFacts(Figures):
     status: str
     """As in the summary; "running" or "interrupted" where there is none."""
     model: str
+    dataset: str
+    """The training rows' file, or where on the Hub they are."""
     rows: int | None
     rank: int
     steps: int
@@ -50,8 +53,11 @@ class RunFacts(Figures):
     final_loss: Number
     loss: Change
     grad_norm: Change
+    base_val_loss: Number | None
     best_val_loss: Number | None
     best_step: int | None
+    quality: str
+    """What its validation losses say, in a few words."""
     samples_per_second: float | None
     tokens_per_second: float | None
     runtime_seconds: float
@@ -84,10 +90,14 @@ class Comparison:
         """`{"runs": [...]}`, plain values."""
         return {"runs": [run.to_json() for run in self.runs]}
 
+    def table(self) -> list[list[str]]:
+        """The runs' names, then a line a fact."""
+        facts = [[title, *map(show, self.runs)] for title, show in _LINES]
+        return [["", *(run.name for run in self.runs)], *facts]
+
     def to_markdown(self) -> str:
         """A table with a column a run and a line a fact."""
-        lines = [["", *(run.name.replace("|", r"\|") for run in self.runs)]]
-        lines += [[title, *map(show, self.runs)] for title, show in _LINES]
+        lines = [[cell.replace("|", r"\|") for cell in line] for line in self.table()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rule = ["-" * width for width in widths]
         return "\n".join(
@@ -111,6 +121,17 @@ def compare(paths: Sequence[Path]) -> Comparison:
     if faults:
         raise RunError(*faults)
     return Comparison(tuple(runs), records)
+
+
+def draw(found: Comparison, folder: Path) -> list[Path]:
+    """Make compare.html and compare.png in a folder."""
+    from mlx_tuner.show import page, plots
+    from mlx_tuner.system import files
+
+    plots.comparison(folder / PLOT, found.records)
+    shown = page.comparison(found.records, *progression(found.runs), found.table())
+    files.write_text(folder / PAGE, shown)
+    return [folder / PAGE, folder / PLOT]
 
 
 def _records(path: Path) -> list[Record]:
@@ -150,7 +171,9 @@ def _facts(path: Path, name: str, records: Sequence[Record]) -> RunFacts:
         name=name,
         path=str(path),
         **{field: getattr(so_far, field) for field in shared - {"rows"}},
+        dataset=recipe.data.train.rpartition("/")[2],
         rows=so_far.rows if summary else None,
+        quality=judge(records).kind,
         loss=change_of(records, "losses"),
         grad_norm=change_of(records, "grad_norms"),
         samples_per_second=so_far.samples_per_second if train else None,
@@ -166,6 +189,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [f"{n} ({names[:i].count(n) + 1})" if n in names[:i] else n for i, n in enumerate(names)]
 
 
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "–"
+
+
 def _known(show: Callable[[Any], str], *fields: str) -> Callable[[RunFacts], str]:
     """Show fields of a run, or a dash where one of them is None or not finite."""
 
@@ -177,6 +204,21 @@ def _known(show: Callable[[Any], str], *fields: str) -> Callable[[RunFacts], str
     return cell
 
 
+def progression(runs: Sequence[RunFacts]) -> tuple[list[str], list[list[str]]]:
+    """Names and rows of the table that tells how the versions went."""
+
+    def row(run: RunFacts) -> list[str]:
+        rows = "" if run.rows is None else f", {plural(run.rows, 'row')}"
+        first, last, percent = run.loss.first, run.loss.last, run.loss.percent
+        loss = f"{first:.4f} → {last:.4f} ({percent:+.1f} %)" if math.isfinite(percent) else "–"
+        quality = run.quality
+        if run.best_val_loss is not None:
+            quality += f", {run.best_val_loss:.4f}"
+        return [run.name, f"{run.dataset}{rows}", loss, quality, run.status]
+
+    return ["version", "dataset", "loss", "quality", "status"], list(map(row, runs))
+
+
 def _grad_norm(run: RunFacts) -> str:
     norm, trend = run.grad_norm, run.grad_norm_trend
     return f"{norm.first:.3f} → {norm.last:.3f}, {trend}" if trend else "–"
@@ -184,15 +226,19 @@ def _grad_norm(run: RunFacts) -> str:
 
 _LINES: tuple[tuple[str, Callable[[RunFacts], str]], ...] = (
     ("status", _known(str, "status")),
-    ("model", _known(lambda model: str(model).replace("|", r"\|"), "model")),
+    ("dataset", _known(str, "dataset")),
+    ("model", _known(str, "model")),
     ("rows", _known("{:,}".format, "rows")),
     ("rank", _known(str, "rank")),
     ("steps", _known("{:,}".format, "steps")),
     ("epochs", _known("{:.3g}".format, "epochs")),
-    ("first loss", _known("{:.4f}".format, "first_loss")),
-    ("final loss", _known("{:.4f}".format, "final_loss")),
+    ("first log line's loss", _known("{:.4f}".format, "first_loss")),
+    ("last log line's loss", _known("{:.4f}".format, "final_loss")),
+    ("loss, first epoch", lambda run: _number(run.loss.first)),
+    ("loss, last epoch", lambda run: _number(run.loss.last)),
     ("loss reduction", _known("{:.1f} %".format, "loss_reduction_percent")),
     ("best validation loss", _known("{:.4f} at step {:,}".format, "best_val_loss", "best_step")),
+    ("quality", _known(str, "quality")),
     ("gradient norm", _grad_norm),
     ("samples/s", _known(rate, "samples_per_second")),
     ("tokens/s", _known(rate, "tokens_per_second")),

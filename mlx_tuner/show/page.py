@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,7 @@ from mlx_tuner.words import duration, plural, rate
 
 _MOST_POINTS = 2_000
 """Of a line: longer ones keep the lowest and highest of each piece, so that a bad step stays."""
+_DASHES = (None, "6 4", "2 3")
 _TONES: dict[Kind, str] = {
     "worse than base": "bad",
     "overfitting": "warn",
@@ -65,7 +66,7 @@ def report(
         _tiles(summary),
         _section("Curves", _figures(5)),
         _section("Numbers", _pairs(story.numbers(summary))),
-        _section("Step by step", _table(told.names, told.rows, told.best)),
+        _section("Step by step", _table(told.names, told.rows, told.best, "number")),
         _section("Where the time went", _time_bar(summary)),
         _section("Answers", _samples(samples, summary.best_step)),
         _section("Data", _pairs(_data(summary))),
@@ -74,6 +75,29 @@ def report(
         _section("Next", _commands(story.what_next(summary, run))),
     ]
     return _page(summary.recipe, body, _curves(records, summary), summary.to_json())
+
+
+def comparison(
+    records: Mapping[str, Sequence[Record]],
+    names: Sequence[str],
+    progression: Sequence[Sequence[str]],
+    facts: Sequence[Sequence[str]],
+) -> str:
+    """The page of runs side by side.
+
+    Args:
+        records: by the runs' names.
+        names, progression: the columns' names, and a row a run.
+        facts: the runs' names after an empty cell, then a row a fact.
+    """
+    charts = _overlaid(records)
+    body = [
+        f"<h1>{escape(', '.join(records))}</h1>",
+        _section("Progression", _table(names, progression)),
+        _section("Curves", _figures(len(charts))),
+        _section("Numbers", _table(facts[0], facts[1:])),
+    ]
+    return _page("runs side by side", body, charts, None)
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -123,11 +147,14 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> str:
     return f'<table class="pairs">{"".join(lines)}</table>' if lines else ""
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], best: int | None) -> str:
-    head = "".join(f'<th class="number">{escape(name)}</th>' for name in names)
+def _table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None, kind: str = ""
+) -> str:
+    """The best row stands out; `kind` "number" puts cells to the right."""
+    head = "".join(f'<th class="{kind}">{escape(name)}</th>' for name in names)
     lines = [
         f"<tr{' class=best' if number == best else ''}>"
-        + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row)
+        + "".join(f'<td class="{kind}">{escape(cell)}</td>' for cell in row)
         + "</tr>"
         for number, row in enumerate(rows)
     ]
@@ -225,6 +252,34 @@ def _curves(records: Sequence[Record], summary: Summary) -> list[dict[str, Any]]
         _chart("Tokens a second", [logged("tokens_per_second", "tokens/s", 0)], marks, zero=True),
         _chart("Memory, GB", memory, marks, zero=True),
     ]
+
+
+def _overlaid(records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """A line a run, told apart by colour, and beyond the colours by dashes."""
+
+    def lines(points: Callable[[Sequence[Record]], list[Point]]) -> list[dict[str, Any]]:
+        return [
+            _series(name, "line", number % 6, points(own), _DASHES[number // 6 % len(_DASHES)])
+            for number, (name, own) in enumerate(records.items())
+        ]
+
+    def logged(name: str) -> Callable[[Sequence[Record]], list[Point]]:
+        return lambda own: [(r.step, getattr(r, name)) for r in train_records(own)]
+
+    def evaluated(own: Sequence[Record]) -> list[Point]:
+        return [(r.step, r.val_loss) for r in own if isinstance(r, EvalRecord)]
+
+    def norms(own: Sequence[Record]) -> list[Point]:
+        return [(r.step, mean(r.grad_norms)) for r in train_records(own)]
+
+    charts = [
+        _chart("Training loss", lines(logged("loss"))),
+        _chart("Validation loss", lines(evaluated)),
+        _chart("Gradient norm", lines(norms), zero=True),
+        _chart("Learning rate", lines(logged("learning_rate")), zero=True),
+        _chart("Tokens a second", lines(logged("tokens_per_second")), zero=True),
+    ]
+    return [chart for chart in charts if chart["series"]]
 
 
 def _over_steps(
