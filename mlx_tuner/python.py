@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from pathlib import Path
 
 from mlx_tuner import training
@@ -41,7 +40,7 @@ def finetune(
         RunStopped: a signal came (an interrupted notebook's too); the run is saved.
     """
     run = Path("adapters") / recipe.name if run_dir is None else Path(run_dir)
-    with Display(None if progress else StringIO()) as display:
+    with Display(quiet=not progress) as display:
         summary = training.finetune(
             recipe, run, display, resume=resume, overwrite=overwrite, allow_change=allow_change
         )

@@ -74,10 +74,10 @@ def _with_every_key(text: str) -> str:
     parts = [head]
     tables = dict(zip(rest[::2], rest[1::2], strict=True))
     for name, table in TABLES.items():
-        given = tables.get(name)
-        parts += [f"[{name}]\n{given.rstrip()}\n" if given is not None else f"# [{name}]\n"]
+        given = tables.get(name, "").rstrip()
+        parts += [f"[{name}]\n", f"{given}\n" if given else ""]
         for key, field in table.model_fields.items():
-            if not re.search(rf"^{key} =", given or "", re.M):
+            if not re.search(rf"^{key} =", given, re.M):
                 line = f"# {key} = {_value(field.get_default(call_default_factory=True))}"
                 parts += [f"{line:<{_COLUMN}}  # {field.description}\n"]
         parts += ["\n"]
@@ -88,5 +88,7 @@ def _value(default: object) -> str:
     """A default as TOML, on one line; … for none."""
     if default is None:
         return "…"
+    if default == {}:
+        return "{}"  # on one line, which is not how it is written as a table
     lines = tomli_w.dumps({"key": default}).removeprefix("key = ").split("\n")
     return " ".join(line.strip() for line in lines).strip().replace(", ]", "]").replace("[ ", "[")

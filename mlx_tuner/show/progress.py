@@ -69,7 +69,8 @@ class Display:
             console=self._console,
         )
         self._live: Live | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        # A notebook, and whoever sets FORCE_COLOR, wants colours but has no cursor.
+        if self._console.file.isatty() and not self._console.is_dumb_terminal:
             self._live = Live(
                 get_renderable=self._render,
                 console=self._console,
