@@ -14,8 +14,10 @@ from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import merge
 from mlx_tuner.conversion.gguf import export_gguf
 from mlx_tuner.conversion.gguf_lora import export_gguf_lora
+from mlx_tuner.engine import lora
+from mlx_tuner.engine.dora import DoRALinear
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.models.adapter import apply, write_adapter
+from mlx_tuner.models.adapter import Adapter, apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.show.progress import Display
@@ -219,6 +221,23 @@ def test_llama_cpp_answers_with_our_tokens(tmp_path, display, name):
             assert theirs.tokens(text) == list(tokenizer.encode(text, add_special_tokens=False))
         for prompt in prompts(tokenizer):
             assert theirs.answer(prompt, 24) == ours(base, tmp_path / "adapter", prompt)
+
+
+def test_llama_cpp_answers_with_our_tokens_of_dora(tmp_path, display):
+    model = load_model(BUILTIN)[0]
+    lora.attach(model, rank=4, scale=2.0, target_modules="all-linear", layer=DoRALinear)
+    mx.random.seed(0)
+    tensors = {
+        name: value * mx.random.uniform(0.9, 1.1, value.shape)
+        if name.endswith(".m")
+        else 0.05 * mx.random.normal(value.shape)
+        for name, value in lora.trainable(model).items()
+    }
+    write_adapter(tmp_path / "adapter", Adapter(tensors, rank=4, scale=2.0, base=str(BUILTIN)))
+    path = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display, dtype="f32").path
+    with llama_cpp(path) as theirs:
+        for prompt in prompts(load_tokenizer(BUILTIN)):
+            assert theirs.answer(prompt, 24) == ours(BUILTIN, tmp_path / "adapter", prompt)
 
 
 @pytest.mark.parametrize("name", ["builtin", "qwen3", "qwen3_5"])

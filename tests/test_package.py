@@ -1,5 +1,6 @@
 """The wheel, alone: built from the sdist, installed beside what it requires, far from a clone."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytest.importorskip("hatchling")
 
@@ -25,6 +32,23 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_every_requirement_has_a_tested_version_within_its_range(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    pins = {
+        canonicalize_name(pin.name): pin.specifier
+        for line in (root / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+        for pin in [Requirement(line)]
+    }
+    stated = [project["dependencies"], *project["optional-dependencies"].values()]
+    for requirement in map(Requirement, itertools.chain(*stated)):
+        if requirement.name == "tomli":  # for Python 3.10 only
+            continue
+        (pin,) = pins[canonicalize_name(requirement.name)]
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), requirement
 
 
 @pytest.fixture(scope="module")
