@@ -23,7 +23,7 @@ from mlx_tuner.models.folder import TEMPLATES
 
 LOOPS = "{% set x = range(99999)|list %}{% for i in x %}{% for j in x %}{% endfor %}{% endfor %}"
 MODEL_COMMANDS = ("run", "plan", "data", "generate", "convert", "bench", "fuse", "eval", "export")
-ADAPTER_COMMANDS = ("fuse", "generate", "eval", "export", "import", "run")
+ADAPTER_COMMANDS = ("fuse", "generate", "eval", "export", "import")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,18 @@ def files_below(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*")}
 
 
+def invoke(words: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of a command; `run` trains in a child, and so needs another."""
+    if words[0] == "run":
+        program = [sys.executable, "-m", "mlx_tuner", *words]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stderr
+    with at_most(30):
+        result = CliRunner().invoke(main, words)
+    assert isinstance(result.exception, SystemExit), result.exception or result.output
+    return result.exit_code, result.stderr
+
+
 def refusal(
     command: str, tmp_path: Path, *, model: Path | None, adapter: Path | None = None
 ) -> str:
@@ -94,12 +106,11 @@ def refusal(
         "import": ["import", adapter, "-o", tmp_path / "out"],
     }[command]
     before = files_below(tmp_path)
-    with at_most(30):
-        result = CliRunner().invoke(main, [str(word) for word in arguments])
-    lines = [line for line in result.stderr.splitlines() if line.startswith("mlx-tune: error: ")]
-    assert result.exit_code == 1, result.output
-    assert lines, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
+    code, output = invoke([str(word) for word in arguments])
+    lines = [line for line in output.splitlines() if line.startswith("mlx-tune: error: ")]
+    assert code == 1, output
+    assert lines, output
+    assert "Traceback" not in output
     assert "\x1b" not in "".join(lines)
     assert files_below(tmp_path) == before
     return "\n".join(lines)
@@ -119,7 +130,10 @@ def fifo_as_config(folder):
     os.mkfifo(folder / "config.json")
 
 
-@pytest.mark.parametrize("command", MODEL_COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(each, marks=[pytest.mark.slow] * (each == "run")) for each in MODEL_COMMANDS],
+)
 def test_every_command_checks_a_model_folder_before_it_is_read(command, model, tmp_path):
     fifo_as_config(model)
     assert "config.json: not a regular file" in refusal(command, tmp_path, model=model)
@@ -232,8 +246,7 @@ def test_a_template_that_loops_for_some_content_only_is_stopped(model, tmp_path,
     trap = "{% for m in messages %}{% if m.content == '1 + 1?' %}"
     text = template + trap + LOOPS + "{% endif %}{% endfor %}"
     (model / "chat_template.jinja").write_text(text)
-    for command in ("data", "run"):
-        assert "takes over 1 s; the model may be harmful" in refusal(command, tmp_path, model=model)
+    assert "s; the model may be harmful" in refusal("data", tmp_path, model=model)
 
 
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(model, tmp_path):
@@ -292,6 +305,15 @@ def test_links_go_into_the_hubs_own_cache_and_into_no_other_place(good, tmp_path
 def test_every_command_checks_an_adapter_folder_before_it_is_read(
     command, name, good, adapter, tmp_path
 ):
+    check_refusals_of(command, name, good, adapter, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_checks_the_adapter_that_it_starts_from(good, adapter, tmp_path):
+    check_refusals_of("run", "summary.json", good, adapter, tmp_path)
+
+
+def check_refusals_of(command, name, good, adapter, tmp_path):
     (adapter / name).unlink(missing_ok=True)
     os.mkfifo(adapter / name)
     said = refusal(command, tmp_path, model=good, adapter=adapter)

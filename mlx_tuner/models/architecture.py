@@ -9,6 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
+from mlx_tuner.errors import Fault, ModelError
+
 # Whatever a folder's config.json says, only these model classes are ever imported.
 MODEL_TYPES = frozenset(
     {
@@ -23,11 +25,22 @@ MODEL_TYPES = frozenset(
 )
 
 
-def skeleton(config: dict[str, Any]) -> nn.Module:
+def skeleton(config: dict[str, Any], where: str = "config.json") -> nn.Module:
     """The model of a config with weights that are never computed: shapes only, no memory.
 
     Quantised configs give quantised layers.
+
+    Raises:
+        ModelError: no such model can be built; `where` is what the fault calls the config.
     """
+    try:
+        return _built(config)
+    except Exception as error:  # whatever mlx-lm's constructors make of a config that is wrong
+        what = f"no {config['model_type']} model can be built from it: {error!r}"
+        raise ModelError(Fault(where, "", " ".join(what.split()))) from None
+
+
+def _built(config: dict[str, Any]) -> nn.Module:
     model_class, args_class = mlx_lm_utils._get_classes(config)
     model = model_class(args_class.from_dict(config))
     if quantization := config.get("quantization"):

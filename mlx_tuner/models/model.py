@@ -11,6 +11,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers.utils import logging as transformers_logging
 
 from mlx_tuner.errors import Fault, ModelError, first_line
 from mlx_tuner.models import chat_template
@@ -21,6 +22,7 @@ from mlx_tuner.models.folder import TOKENIZER, check_folder, read_optional
 from mlx_tuner.models.model_files import check_model_folder
 
 BUILTIN = "builtin:"
+_PROBE = "def f(x):\n    return 'é'  # 漢字 1,234\n"
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,11 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
     read_optional(folder / TOKENIZER)  # which transformers would read however deep it is
     eos = mlx_lm_utils.load_config(folder).get("eos_token_id")
     settings = {"trust_remote_code": False}
+    transformers_logging.set_verbosity_error()  # it prints a stranger's keys and values
     try:
         tokenizer = mlx_lm_utils.load_tokenizer(folder, settings, eos_token_ids=eos)
         vocabulary = tokenizer.get_vocab()
+        tokenizer.decode(tokenizer.encode(_PROBE))
         template = tokenizer.chat_template
     except BaseException as error:  # a panic of the Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.errors import Fault, ModelError, first_line
 from mlx_tuner.models.architecture import skeleton
 from mlx_tuner.models.folder import (
     CODE_KEYS,
@@ -160,17 +160,18 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
         raise ModelError(*_shortened(faults, folder))
     # Never computed, so they take no memory.
     weights = {n: mx.zeros(t.shape, _DTYPES[t.dtype]) for n, t in tensors.items()}
+    model = skeleton({**config, "quantization": None}, str(folder / CONFIG))
     try:
-        model = skeleton({**config, "quantization": None})
         if hasattr(model, "sanitize"):
             weights = model.sanitize(weights)
         if quantised:
             _quantise(model, config["quantization"], weights)
+        model(mx.zeros((1, 2), mx.int32))  # a graph that is never computed: numbers of a wrong type
     except KeyError as error:
         raise ModelError(Fault(str(folder), str(error.args[0]), "missing")) from None
-    except Exception as error:  # whatever mlx-lm's constructors make of a config that is wrong
-        what = f"no {config['model_type']} model can be built from it: {error}"
-        raise ModelError(Fault(str(folder / CONFIG), "", " ".join(what.split()))) from None
+    except Exception as error:  # whatever mlx-lm makes of tensors or a quantisation that is wrong
+        what = f"no {config['model_type']} model can be run with it: {first_line(error)}"
+        raise ModelError(Fault(str(folder / CONFIG), "", what)) from None
     expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
     found = {name: value.shape for name, value in weights.items()}
     for name in expected.keys() - found.keys():
