@@ -420,7 +420,6 @@ def test_mutated_files_become_datasets_of_exactly_their_good_rows_or_are_refused
                 path,
                 encoder,
                 on_bad_row="skip" if number % 2 else "error",
-                cache_dir=tmp_path / "cache",
             )
         except DataError:
             refused += 1

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlx_tuner import assembly
-from mlx_tuner.data.dataset import Dataset, examine
+from mlx_tuner.data.dataset import Dataset, open_dataset
 from mlx_tuner.data.encode import Encoded, unwrap
 from mlx_tuner.data.order import in_validation
+from mlx_tuner.data.survey import histogram
 from mlx_tuner.errors import Fault
 from mlx_tuner.models import model as models
 from mlx_tuner.recipe import schedule
@@ -27,7 +28,6 @@ DEFAULT_MODEL = "builtin:tiny-qwen"
 """Whose tokenizer counts where no model is named."""
 
 _EXAMPLES = 3
-_BINS = 12
 
 
 @dataclass(frozen=True)
@@ -288,12 +288,13 @@ def inspect(recipe: Recipe, display: Display, *, show: int = 0) -> Inspection:
     encoder = assembly.encoder(table, tokenizer)
 
     def opened(path: Path, limit: int | None = None) -> Dataset:
-        return examine(
+        return open_dataset(
             path,
             encoder,
             limit=limit,
             on_bad_row=table.on_bad_row,
             surveyed_rows=None,
+            refuse=False,
             task=display.task,
         )
 
@@ -353,31 +354,6 @@ def _facts(
         faults,
         count,
     )
-
-
-def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """(first length, last length, rows) of up to a dozen equal ranges, from the shortest row on.
-
-    A few rows that are far longer than the rest share the last range, which is then longer.
-    """
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    shown = min(longest, 2 * int(np.percentile(lengths, 95)))
-    width = next(w for w in _round_numbers() if w * _BINS >= shown)
-    edges = list(range((shortest - 1) // width * width, shown + width, width))
-    edges[-1] = max(edges[-1], longest)
-    counts, _ = np.histogram(lengths, np.array(edges) + 0.5)
-    return [
-        (first + 1, last, int(rows))
-        for (first, last), rows in zip(pairwise(edges), counts, strict=True)
-    ]
-
-
-def _round_numbers() -> Iterator[int]:
-    """1 2 5 10 20 50 100 …"""
-    power = 1
-    while True:
-        yield from (power, 2 * power, 5 * power)
-        power *= 10
 
 
 def _repeats(dataset: Dataset) -> Repeats:

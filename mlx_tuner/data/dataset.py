@@ -119,7 +119,7 @@ def open_dataset(
     limit: int | None = None,
     on_bad_row: BadRowPolicy = "error",
     surveyed_rows: int | None = SURVEYED_ROWS,
-    cache_dir: Path | None = None,
+    refuse: bool = True,
     task: Task = untold,
 ) -> Dataset:
     """Open a file of rows, check all of them and survey the first.
@@ -128,50 +128,21 @@ def open_dataset(
         limit: use the first rows only.
         on_bad_row: what a row that cannot be read or has no target does: "error" or "skip".
         surveyed_rows: how many; None for all, as it is where long rows are errors.
-        cache_dir: where a packed file's content is kept; by default the user's cache.
+        refuse: whether to raise the faults of rows; else they are kept in the dataset's `faults`.
+        task: shows what is under way where it takes a while.
 
     Raises:
         DataError: the file is none of rows, or rows are refused, or none is left.
         ModelError: the tokenizer cannot encode the rows.
     """
-    dataset = examine(
-        path,
-        encoder,
-        limit=limit,
-        on_bad_row=on_bad_row,
-        surveyed_rows=surveyed_rows,
-        cache_dir=cache_dir,
-        task=task,
-        go_on=False,
-    )
-    dataset.faults.refuse(path)
-    if not len(dataset):
-        rows = plural(len(dataset.file), "row")
-        what = f"none of its {rows} can be trained on; see `mlx-tune data`"
-        raise DataError(Fault(str(path), "", what))
-    return dataset
-
-
-def examine(
-    path: Path,
-    encoder: Encoder,
-    *,
-    limit: int | None,
-    on_bad_row: BadRowPolicy,
-    surveyed_rows: int | None,
-    cache_dir: Path | None = None,
-    task: Task = untold,
-    go_on: bool = True,
-) -> Dataset:
-    """`open_dataset` that keeps what is wrong with rows in `faults`, and may `go_on` after that."""
-    source = Source(path, cache_dir)
+    source = Source(path)
     if source.size < TOLD_FROM_BYTES:
         task = untold
     with task(f"checking {path.name}", source.size) as advance:
         file = RowFile(source, limit, advance)
     reader, faults = _Reader(file, encoder), Faults()
     _judge_bad_rows(reader, on_bad_row, faults)
-    if faults.count and not go_on:
+    if refuse:
         faults.refuse(path)
     if encoder.on_long_row == "error":
         surveyed_rows = None
@@ -187,7 +158,13 @@ def examine(
         mask = np.ones(len(file), np.bool_)
         mask[unusable] = False
         rows = np.flatnonzero(mask).astype(np.uint32)
-    return Dataset(reader, rows, found, faults)
+    dataset = Dataset(reader, rows, found, faults)
+    if refuse:
+        faults.refuse(path)
+        if not len(dataset):
+            what = f"none of its {plural(len(file), 'row')} can be trained on; see `mlx-tune data`"
+            raise DataError(Fault(str(path), "", what))
+    return dataset
 
 
 def _good_rows(file: RowFile, at_most: int | None) -> np.ndarray:
@@ -237,7 +214,7 @@ class Dataset:
         self.file = reader.file
         self.survey = found
         self.faults = faults
-        """Of the file's rows; none where `open_dataset` opened it."""
+        """Of the file's rows, where they were not raised."""
         self.left_out = reader.left_out
         """Of the whole file, also where this is a part of it."""
         self.origin = ""

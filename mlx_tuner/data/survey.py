@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,7 @@ BATCH_ROWS = 256
 """Rows that are encoded at once."""
 
 _FIELD_NAMES_KEPT = 100
+_BINS = 12
 
 Read = Callable[[Sequence[int]], list[tuple[ParsedRow, Encoded]]]
 """Gives rows of a file by their numbers."""
@@ -156,3 +158,28 @@ def _has_empty_answer(row: ParsedRow) -> bool:
         and not message.get("tool_calls")
         for message in row.messages
     )
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first length, last length, rows) of up to a dozen equal ranges, from the shortest row on.
+
+    A few rows that are far longer than the rest share the last range, which is then longer.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    shown = min(longest, 2 * int(np.percentile(lengths, 95)))
+    width = next(w for w in _round_numbers() if w * _BINS >= shown)
+    edges = list(range((shortest - 1) // width * width, shown + width, width))
+    edges[-1] = max(edges[-1], longest)
+    counts, _ = np.histogram(lengths, np.array(edges) + 0.5)
+    return [
+        (first + 1, last, int(rows))
+        for (first, last), rows in zip(pairwise(edges), counts, strict=True)
+    ]
+
+
+def _round_numbers() -> Iterator[int]:
+    """1 2 5 10 20 50 100 …"""
+    power = 1
+    while True:
+        yield from (power, 2 * power, 5 * power)
+        power *= 10
