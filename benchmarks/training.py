@@ -1,14 +1,16 @@
-"""Our training step against mlx-lm's own, on the same rows, turn by turn.
+"""Our training step against mlx-lm's own, and PEFT's, on the same rows, turn by turn.
 
     python benchmarks/training.py                 # Qwen2.5-0.5B shape, 8 rows a step
+    python benchmarks/training.py --model FOLDER --against mlx-lm peft      # real weights
     python benchmarks/training.py --scaling       # ours alone, 8 and 128 rows a step
     python benchmarks/training.py --targets       # ours alone, answers or every token learned
     python benchmarks/training.py --shape qwen3_5 --steps 1   # a small Qwen3.5
     python benchmarks/training.py --doubling      # ours alone, that one, and rows twice as long
 
-Random weights of a real shape, the real tokenizer and CodeAlpaca rows (`shared.py`); Qwen3.5 is
-8 blocks of 512 on random rows of 256 to 512 tokens. mlx-lm is
-its trainer's own loss, batches and compiled step, whose shapes are compiled before it is timed.
+Random weights of a real shape, or a model's; CodeAlpaca rows and the real tokenizer (`shared.py`).
+Qwen3.5 is 8 blocks of 512 on random rows of 256 to 512 tokens. mlx-lm is its trainer's own loss,
+batches and compiled step, whose shapes are compiled before it is timed. PEFT is on torch: the mean
+over a step's targets, summed from padded passes of --peft-rows.
 Each trainer runs in a process of its own.
 """
 
@@ -48,7 +50,10 @@ SMALL = {
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--one", choices=["ours", "mlx-lm"], help="measure one turn, here")
+    parser.add_argument("--one", choices=TRAINERS, help="measure one turn, here")
+    parser.add_argument("--against", choices=["mlx-lm", "peft"], nargs="+", default=["mlx-lm"])
+    parser.add_argument("--model", help="a model folder, in place of random weights of --shape")
+    parser.add_argument("--peft-rows", type=int, default=2, help="rows of a forward pass of PEFT")
     parser.add_argument("--shape", default="0.5B", choices=["0.5B", "1.5B", QWEN3_5])
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -62,16 +67,15 @@ def main() -> None:
     parser.add_argument("--learn-prompts", action="store_true", help="every token is a target")
     args = parser.parse_args()
     if args.one:
-        measure = ours if args.one == "ours" else mlx_lm
         count = args.rows * args.steps
         if args.shape == QWEN3_5:
             rows = random_rows(count, args.longer)
         else:
             rows = load_rows(count, mask_prompt=not args.learn_prompts)
-        report(**measure(args, rows))
+        report(**TRAINERS[args.one](args, rows))
         return
 
-    keys = ("shape", "layers", "dtype", "rows", "steps", "micro_batch_tokens")
+    keys = ("shape", "model", "layers", "dtype", "rows", "steps", "micro_batch_tokens", "peft_rows")
     settings = {key: getattr(args, key) for key in keys}
 
     def variant(name: str, **changes: Any) -> Any:
@@ -105,22 +109,27 @@ def main() -> None:
         }
         baseline = "answers"
     else:
-        variants = {"ours": variant("ours"), "mlx-lm": variant("mlx-lm")}
-        baseline = "mlx-lm"
+        variants = {name: variant(name) for name in ("ours", *args.against)}
+        baseline = args.against[0]
     runs = interleave(variants, repeats=args.repeats, on_result=lambda *turn: print(*turn))
     print(table(runs, baseline=baseline))
     kinds = {
         "-scaling": args.scaling,
         "-doubling": args.doubling,
         "-targets": args.targets,
+        "-real": args.model,
         f"-{QWEN3_5}": args.shape == QWEN3_5,
     }
     kind = next((kind for kind, asked in kinds.items() if asked), "")
-    print(save(args.name or f"training{kind}", runs, baseline=baseline, settings=settings))
+    told = {**settings, "model": Path(args.model).name if args.model else None}
+    told |= {"shape": None} if args.model else {}
+    told |= {} if "peft" in args.against else {"peft_rows": None}
+    print(save(args.name or f"training{kind}", runs, baseline=baseline, settings=told))
 
 
 def load_rows(count: int, *, mask_prompt: bool = True) -> list[Example]:
     """The first CodeAlpaca rows, tokenised and masked as a recipe would have them."""
+    import shutil
     import tempfile
 
     from mlx_tuner.data.encode import Encoder
@@ -130,7 +139,7 @@ def load_rows(count: int, *, mask_prompt: bool = True) -> list[Example]:
     with tempfile.TemporaryDirectory() as folder:
         for file in (shared() / "qwen2.5-coder").iterdir():
             name = "config.json" if file.name == "config-0.5B.json" else file.name
-            (Path(folder) / name).symlink_to(file)
+            shutil.copyfile(file, Path(folder) / name)
         tokenizer = load_tokenizer(Path(folder))
     encoder = Encoder(
         tokenizer,
@@ -158,12 +167,17 @@ def random_rows(count: int, longer: int) -> list[Example]:
     return rows
 
 
-def random_model(args: Any) -> Any:
-    """A model of the real shape with random weights, evaluated."""
+def model_of(args: Any) -> Any:
+    """The model, or one of the real shape with random weights; evaluated."""
     import mlx.core as mx
 
-    from mlx_tuner.models.model import skeleton
+    from mlx_tuner.models.model import load, skeleton
 
+    if args.model:
+        model = load(Path(args.model)).model
+        model.set_dtype(getattr(mx, args.dtype))
+        mx.eval(model.parameters())
+        return model
     if args.shape == QWEN3_5:
         config = {"model_type": "qwen3_5", "text_config": SMALL}
     else:
@@ -183,7 +197,7 @@ def ours(args: Any, rows: list[Example]) -> dict[str, float]:
     from mlx_tuner.engine import lora
     from mlx_tuner.engine.trainer import Trainer, train
 
-    model = random_model(args)
+    model = model_of(args)
     lora.attach(model, rank=RANK, scale=SCALE, target_modules=TARGETS)
     mx.eval(model.parameters())
     trainer = Trainer(model, micro_batch_tokens=args.micro_batch_tokens)
@@ -229,7 +243,7 @@ def mlx_lm(args: Any, rows: list[Example]) -> dict[str, float]:
     from mlx_tuner.bench.peer import MlxLmTrainer
 
     trainer = MlxLmTrainer(
-        random_model(args),
+        model_of(args),
         rank=RANK,
         scale=SCALE,
         target_modules=TARGETS,
@@ -253,6 +267,67 @@ def mlx_lm(args: Any, rows: list[Example]) -> dict[str, float]:
         "first_loss": losses[0],
     }
 
+
+def peft(args: Any, rows: list[Example]) -> dict[str, float]:
+    """One turn of PEFT on torch: padded passes, clipping and AdamW as the Trainer has them."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    dtype = getattr(torch, args.dtype)
+    auto = transformers.AutoModelForCausalLM
+    if args.model:
+        base = auto.from_pretrained(args.model, dtype=dtype)
+    else:
+        config = json.loads((shared() / "qwen2.5-coder" / f"config-{args.shape}.json").read_text())
+        config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
+        base = auto.from_config(transformers.AutoConfig.for_model(**config), dtype=dtype)
+    settings = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=TARGETS)
+    model = get_peft_model(base, settings).train()
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)
+
+    def step(batch: list[Example]) -> tuple[float, int]:
+        targets, total, computed = sum(int(row.loss_mask.sum()) for row in batch), 0.0, 0
+        for first in range(0, len(batch), args.peft_rows):
+            part = batch[first : first + args.peft_rows]
+            shape = (len(part), max(len(row.tokens) for row in part))
+            tokens, attention = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+            labels = torch.full(shape, -100)
+            for i, row in enumerate(part):
+                length = len(row.tokens)
+                tokens[i, :length] = torch.from_numpy(row.tokens)
+                attention[i, :length] = 1
+                mask = torch.from_numpy(row.loss_mask)
+                labels[i, :length][mask] = tokens[i, :length][mask]
+            loss = model(
+                input_ids=tokens,
+                attention_mask=attention,
+                labels=labels,
+                num_items_in_batch=torch.tensor(targets),
+            ).loss
+            loss.backward()
+            total, computed = total + loss.item(), computed + tokens.numel()
+        torch.nn.utils.clip_grad_norm_(factors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total, computed
+
+    batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
+    first_loss, _ = step(batches[0])
+    start = time.perf_counter()
+    processed = sum(step(batch)[1] for batch in batches)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(row.tokens) for row in rows)
+    return {
+        "samples_per_second": len(rows) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "processed_per_token": processed / tokens,
+        "first_loss": first_loss,
+    }
+
+
+TRAINERS = {"ours": ours, "mlx-lm": mlx_lm, "peft": peft}
 
 if __name__ == "__main__":
     main()
