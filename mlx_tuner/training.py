@@ -6,7 +6,7 @@ import hashlib
 import io
 from pathlib import Path
 
-from mlx_tuner import assembly
+from mlx_tuner import assembly, needs
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model as models
@@ -31,6 +31,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     allow_change: bool = False,
+    force: bool = False,
     pulse: Pulse = SILENT,
 ) -> Summary:
     """Train the recipe's adapter and leave adapter, metrics, plots and summary in ``run_path``.
@@ -40,6 +41,7 @@ def finetune(
         resume: go on from the newest checkpoint of the run there.
         overwrite: replace the run there, once this one has a checkpoint.
         allow_change: what `identity.ON_REQUEST` names may differ from the run that is resumed.
+        force: train also where memory seems not to suffice.
         pulse: tells a supervisor how far the run is.
 
     Raises:
@@ -56,6 +58,10 @@ def finetune(
         same = identity(recipe, data, folder)
         if kept:
             same.check(kept.state.get("identity"), recipe.name, allow_change=allow_change)
+        if not force:
+            config = models.read_config(folder)
+            model = needs.skeleton(recipe, config)
+            needs.memory_of(recipe, model, config, data.train).require(recipe.name)
         with display.task("loading the model"):
             loaded = models.load(folder)
             assembly.attach_adapter(loaded.model, recipe, kept.path if kept else None)

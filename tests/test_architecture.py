@@ -33,7 +33,10 @@ BELOW = {
 }
 """What each of these rooms may import of ours, beside itself; those above import what they need."""
 
-ASSEMBLY = {"assembly", "bench", "cli", "commands", "conversion", "python", "session", "training"}
+ASSEMBLY = {
+    *("assembly", "needs", "session", "training", "python"),
+    *("bench", "cli", "commands", "conversion"),
+}
 """Commands, and what puts a run's parts together."""
 HEAVY = {"mlx", "mlx_lm", "transformers", "matplotlib", "huggingface_hub", "numpy", "torch"}
 

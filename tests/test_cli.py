@@ -240,7 +240,8 @@ def test_dry_run_is_plan_and_leaves_nothing(mlx_tune: Here, folder: Path) -> Non
     planned = json.loads(mlx_tune("plan", "small.toml", "--json").stdout)
     dry = json.loads(mlx_tune("run", "small.toml", "--dry-run", "--json").stdout)
     for plan in (planned, dry):  # which depend on the memory that is free just now
-        del plan["micro_batch_tokens"], plan["peak_memory_gb"]
+        for key in ("micro_batch_tokens", "peak_memory_gb", "memory_gb", "budget_gb"):
+            del plan[key]
     assert dry == planned
     assert dry["steps"] == 2
     assert {path.name for path in folder.iterdir()} == {"rows.jsonl", "small.toml"}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     help="Resume with another length, learning_rate, eval_every or early_stopping_patience.",
 )
 @click.option("--no-restart", is_flag=True, help="Do not start training again that has died.")
+@click.option("--force", is_flag=True, help="Train also where memory seems not to suffice.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as plan does.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end.")
@@ -43,6 +44,7 @@ def run(
     overwrite: bool,
     allow_change: bool,
     no_restart: bool,
+    force: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -57,7 +59,10 @@ def run(
         return
     run_dir = run_dir or place.default_folder(recipe)
     if (own := pulse.take_over()) is None:
-        flags = [("--allow-change", allow_change), ("--json", as_json), ("--quiet", quiet)]
+        flags = [
+            *(("--allow-change", allow_change), ("--force", force)),
+            *(("--json", as_json), ("--quiet", quiet)),
+        ]
         arguments = [
             str(recipe),
             f"--run-dir={run_dir}",
@@ -71,7 +76,7 @@ def run(
             claim.release()
         sys.exit(code)
     try:
-        _train(recipe, overrides, run_dir, own, resume, allow_change, quiet, as_json)
+        _train(recipe, overrides, run_dir, own, resume, allow_change, force, quiet, as_json)
     except TunerError:
         raise
     except Exception as error:  # of MLX, the system, or a fault of ours: the parent tells of it
@@ -91,6 +96,7 @@ def _train(
     own: pulse.Pulse,
     resume: bool,
     allow_change: bool,
+    force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -111,6 +117,7 @@ def _train(
             resume=resume,
             overwrite=not resume,  # the parent's claim has looked whether that is asked for
             allow_change=allow_change,
+            force=force,
             pulse=own,
         )
     if as_json:
@@ -166,29 +173,9 @@ def _plan(recipe: Recipe, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(planned), indent=2))
         return
-    share = 100 * planned.trainable_parameters / planned.total_parameters
-    first, last = planned.learning_rates[0], planned.learning_rates[-1]
-    about = "" if planned.is_counted else "about "
-    evaluated = f", evaluated every {planned.eval_every:,}" if planned.eval_every else ""
-    for name, value in (
-        ("recipe", planned.recipe),
-        ("model", planned.model),
-        ("rows", f"{planned.rows:,}, and {planned.valid_rows:,} for validation"),
-        (
-            "tokens",
-            f"{about}{planned.tokens:,} an epoch, {planned.target_tokens:,} of them targets",
-        ),
-        ("steps", f"{planned.steps:,}, {planned.steps_per_epoch:,} an epoch{evaluated}"),
-        ("learning rate", f"{first:.3g} at the first step, {last:.3g} at the last"),
-        (
-            "trainable",
-            f"{planned.trainable_parameters:,} of {planned.total_parameters:,} ({share:.4f} %)",
-        ),
-        ("micro-batch", f"{planned.micro_batch_tokens:,} tokens at most"),
-        ("peak memory", f"about {planned.peak_memory_gb:.2f} GB"),
-        *(("note", note) for note in planned.notes),
-    ):
-        click.echo(f"{name:>14}  {value}")
+    from mlx_tuner.commands.plan_report import report
+
+    console(sys.stdout).print(report(planned))
 
 
 @click.command()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
-
-from mlx_tuner import assembly
-from mlx_tuner.data.dataset import Task, untold
-from mlx_tuner.engine import memory
+from mlx_tuner import assembly, needs
+from mlx_tuner.data.dataset import Dataset, Task, untold
 from mlx_tuner.models import model as models
 from mlx_tuner.models.folder import has_tokenizer
 from mlx_tuner.recipe import schedule
@@ -37,8 +34,24 @@ class Plan:
     eval_every: int | None
     """Steps between evaluations; None without validation rows."""
     micro_batch_tokens: int
+    shared_prefix: int
+    """Tokens that all rows begin with, which a step computes once."""
+    padding_avoided: float
+    """Part of a step's tokens that rows padded to the longest would add to it, on average."""
+    memory_gb: dict[str, float]
+    """Of a step at its peak, by what it is for: an estimate, in 10⁹ bytes."""
     peak_memory_gb: float
-    """An estimate, in 10⁹ bytes."""
+    """Their sum."""
+    budget_gb: float
+    """What this machine can give."""
+    advice: str | None
+    """The one setting to change where it does not fit."""
+    seconds: float | None
+    """Of all steps, evaluations left out."""
+    seconds_by: str
+    """How that is known."""
+    disk_gb: float
+    """Of checkpoints and adapter."""
     learning_rates: list[float]
     """One a step."""
     notes: list[str]
@@ -58,20 +71,15 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
     data = assembly.open_data(recipe, models.load_tokenizer(tokenizer), task)
     rates = assembly.learning_rates(recipe, len(data.train))
 
-    model = models.skeleton(config)
-    model.set_dtype(getattr(mx, config.get("torch_dtype") or config.get("dtype") or "float32"))
-    assembly.attach_adapter(model, recipe)
+    model = needs.skeleton(recipe, config)
     rows, surveyed = len(data.train), data.train.survey
+    memory = needs.memory_of(recipe, model, config, data.train)
     trainable = assembly.trainable_parameters(model)
-    cap = assembly.micro_batch_tokens(recipe, model, config, surveyed.longest)
+    total = models.parameter_count(model)
     epoch = schedule.steps_per_epoch(rows, recipe.train.batch_size)
-    lengths = surveyed.tokens[surveyed.usable]
-    steps = schedule.steps_per_epoch(len(lengths), recipe.train.batch_size)
-    order = assembly.row_order(recipe, len(lengths), 0, min(steps, len(rates)))
-    largest = min(cap, max(int(lengths[step].sum()) for step in map(list, order)))
-    largest = max(largest, surveyed.longest)
-    token_bytes = assembly.token_bytes(recipe, model, config, surveyed.longest)
-    peak = memory.step_bytes(assembly.weight_bytes(model), trainable, largest, token_bytes)
+    seconds, by = needs.seconds_of(
+        recipe, tokens=data.train.tokens * len(rates) // epoch, total_parameters=total
+    )
     return Plan(
         recipe=recipe.name,
         model=recipe.model.path,
@@ -84,10 +92,27 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
         eval_every=assembly.eval_every(recipe, rows) if data.valid is not None else None,
         notes=data.train.notes,
         trainable_parameters=trainable,
-        total_parameters=models.parameter_count(model),
+        total_parameters=total,
         steps=len(rates),
         steps_per_epoch=epoch,
-        micro_batch_tokens=cap,
-        peak_memory_gb=peak / 1e9,
+        micro_batch_tokens=assembly.micro_batch_tokens(recipe, model, config, surveyed.longest),
+        shared_prefix=len(surveyed.prefix),
+        padding_avoided=padding(recipe, data.train),
+        memory_gb={part: size / 1e9 for part, size in memory.parts.items()},
+        peak_memory_gb=memory.peak / 1e9,
+        budget_gb=memory.budget / 1e9,
+        advice=None if memory.fits else memory.advice,
+        seconds=seconds,
+        seconds_by=by,
+        disk_gb=needs.disk_bytes(trainable) / 1e9,
         learning_rates=rates,
     )
+
+
+def padding(recipe: Recipe, rows: Dataset) -> float:
+    """How many tokens, over those of the rows, padding to a step's longest row would add."""
+    lengths = rows.survey.tokens[rows.survey.usable]
+    steps = schedule.steps_per_epoch(len(lengths), recipe.train.batch_size)
+    order = assembly.row_order(recipe, len(lengths), 0, steps)
+    padded = sum(len(step) * int(lengths[list(step)].max()) for step in order)
+    return padded / int(lengths.sum()) - 1

@@ -10,6 +10,8 @@ from itertools import pairwise
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from mlx_tuner.words import scientific
+
 _WIDEST = 88
 _NARROWEST_PLOT = 16
 _LABELLED_GAPS = 4
@@ -69,6 +71,8 @@ class Chart:
         steps = min(_LABELLED_GAPS, self.height - 1)
         rows = [round(i * (self.height - 1) / steps) for i in range(steps + 1)]
         values = {row: bottom + (top - bottom) * row / (self.height - 1) for row in rows}
+        if top < 0.01:
+            return {row: scientific(value) for row, value in values.items()}
         digits = max(0, min(8, 2 - math.floor(math.log10((top - bottom) / steps))))
         digits = min(digits, 2) if top >= 10 else digits
         return {row: f"{value:.{digits}f}" for row, value in values.items()}

@@ -1,0 +1,169 @@
+"""What a run needs of this machine: memory by part, time and disk, before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_tuner import assembly
+from mlx_tuner.data.dataset import Dataset
+from mlx_tuner.engine import memory
+from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models import model as models
+from mlx_tuner.recipe.tables import Recipe
+from mlx_tuner.runs.run import SUMMARY, read_summary
+from mlx_tuner.show import story
+from mlx_tuner.system import cache, device
+
+_SHORTER = (1024, 512, 256)
+"""Tokens of a row that are tried where a longer one does not fit."""
+_FLOPS_A_PARAMETER = 4
+"""For each token: forward and backward without gradients of the frozen weights."""
+_EFFICIENCY = 0.5
+"""Of a chip's peak, that a run is taken to reach where nothing was measured."""
+_CHECKPOINTS = 4
+"""On the disk at once; each holds the adapter and its two moments."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step at its peak, by what they are for."""
+
+    parts: dict[str, int]
+    budget: int
+    """What this machine can give."""
+    advice: str
+    """The one setting to change where it does not fit."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.budget
+
+    def require(self, name: str) -> None:
+        """Refuse a run that cannot fit.
+
+        Raises:
+            ModelError: what it needs, what there is, and what to change.
+        """
+        if not self.fits:
+            need, have = f"{self.peak / 1e9:.2f} GB", f"{self.budget / 1e9:.2f} GB"
+            what = f"needs about {need} of memory, and {have} can be had; {self.advice}, or --force"
+            raise ModelError(Fault(name, "", what))
+
+
+def skeleton(recipe: Recipe, config: dict[str, Any]) -> nn.Module:
+    """The recipe's model with its adapter, of the right shapes and types, never computed."""
+    model = models.skeleton(config)
+    model.set_dtype(getattr(mx, config.get("torch_dtype") or config.get("dtype") or "float32"))
+    assembly.attach_adapter(model, recipe)
+    return model
+
+
+def memory_of(recipe: Recipe, model: nn.Module, config: dict[str, Any], rows: Dataset) -> Memory:
+    """What a step takes, and how to make it take less where that is too much.
+
+    Args:
+        model: of the recipe, with its adapter; its arrays need not be computed.
+    """
+    budget = device.memory_budget()
+
+    def parts(recipe: Recipe, longest: int) -> dict[str, int]:
+        a_token = assembly.token_bytes(recipe, model, config, longest)
+        cap = assembly.micro_batch_tokens(recipe, model, config, longest)
+        tokens = max(min(cap, _largest_step(recipe, rows)), longest)
+        trainable = assembly.trainable_parameters(model)
+        weights = assembly.weight_bytes(model)
+        fixed = memory.step_bytes(weights, trainable, 0, 0)
+        logits = memory.step_bytes(0, 0, 0, 0)
+        return {
+            "weights": weights,
+            "adapter and moments": fixed - weights - logits,
+            "activations": tokens * a_token,
+            "logits": logits,
+        }
+
+    def changed(longest: int, **train: Any) -> int:
+        table = recipe.train.model_copy(update=train)
+        return sum(parts(replace(recipe, train=table), longest).values())
+
+    def remedies() -> Iterator[tuple[str, int]]:
+        longest = rows.survey.longest
+        smallest = memory.SMALLEST
+        yield (
+            f"set train.micro_batch_tokens = {smallest}",
+            changed(longest, micro_batch_tokens=smallest),
+        )
+        yield (
+            "set train.gradient_checkpointing = true",
+            changed(longest, gradient_checkpointing=True, micro_batch_tokens=smallest),
+        )
+        for shorter in (length for length in _SHORTER if length < longest):
+            yield (
+                f"set data.max_seq_length = {shorter}",
+                changed(shorter, gradient_checkpointing=True, micro_batch_tokens=shorter),
+            )
+
+    advice = (text for text, size in remedies() if size <= budget)
+    otherwise = "take a smaller model, or convert this one with --quantize 4"
+    return Memory(parts(recipe, rows.survey.longest), budget, next(advice, otherwise))
+
+
+def _largest_step(recipe: Recipe, rows: Dataset) -> int:
+    """Tokens of the longest rows that could meet in a step."""
+    lengths = rows.survey.tokens[rows.survey.usable]
+    lengths.sort()
+    return int(lengths[-recipe.train.batch_size :].sum())
+
+
+def disk_bytes(trainable_parameters: int) -> int:
+    """Bytes of a run's checkpoints and adapter, fp32."""
+    return 4 * trainable_parameters * (3 * _CHECKPOINTS + 1)
+
+
+def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[float | None, str]:
+    """How long a run's steps will take, and by what that is known.
+
+    Args:
+        tokens: of all its steps.
+    """
+    machine = device.facts()
+    chip = story.machine(machine)["chip"]
+    runs = sorted(Path("adapters").glob(f"*/{SUMMARY}"), key=_age)
+    for path in runs:
+        summary = read_summary(path.parent)
+        if summary and summary.model == recipe.model.path and summary.machine.get("chip") == chip:
+            return tokens / summary.tokens_per_second, f"by the run in {path.parent}"
+    flops = _FLOPS_A_PARAMETER * total_parameters * tokens
+    folders = (Path("benchmarks/results"), cache.user_folder() / "bench")
+    for path in sorted((path for f in folders for path in f.glob("bench*.json")), key=_age):
+        if tflops := _bench_tflops(path, machine.chip):
+            return flops / (tflops * 1e12), f"by `mlx-tune bench`, {path.name}"
+    if machine.peak_tflops:
+        share = f"{100 * _EFFICIENCY:.0f} % of the chip's peak"
+        return flops / (_EFFICIENCY * machine.peak_tflops * 1e12), f"a guess: at {share}"
+    return None, "unknown; `mlx-tune bench` measures this machine"
+
+
+def _bench_tflops(path: Path, chip: str) -> float | None:
+    """What a bench result reached, if it is one and of this chip."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found["benchmark"] == "bench" and found["machine"]["chip"] == chip:
+            return float(found["training"]["tflops"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
