@@ -143,7 +143,6 @@ class Session:
                 if status != FINISHED:
                     break
         if late := self.data.train.left_out.late:
-            self._quarantine()
             rows = plural(late, "row")
             self.display.note(f"{rows} left out of their steps: see {QUARANTINE}")
         summary = self._finish(status)
@@ -182,16 +181,21 @@ class Session:
         for note in self.data.train.notes:
             self.display.note(note)
         valid = self.data.valid
+        if valid is not None and valid.file is not self.data.train.file:
+            for note in valid.notes:
+                self.display.note(f"validation: {note}")
         if valid is not None and (shared := shared_rows(self.data.train, valid)):
             rows = plural(shared, "validation row")
             self.display.note(f"{rows} trained on as well, so that validation flatters")
         self._quarantine()
 
     def _quarantine(self) -> None:
-        """Name the rows that are left out."""
+        """Name the rows that are left out, beside those that an earlier process named."""
         if rows := self.data.train.left_out.first:
-            lines = [row.to_json() + "\n" for row in rows]
-            files.write_text(self.run.path / QUARANTINE, "".join(lines))
+            path = self.run.path / QUARANTINE
+            before = path.read_text("utf-8").splitlines() if path.exists() else []
+            lines = dict.fromkeys([*before, *(row.to_json() for row in rows)])
+            files.write_text(path, "".join(f"{line}\n" for line in lines))
 
     def _steps(self) -> Iterator[StepResult]:
         """Train step after step and count each one in."""
@@ -320,6 +324,8 @@ class Session:
 
     def _save(self) -> None:
         """Keep a checkpoint; without validation rows its adapter is the run's too."""
+        if self.data.train.left_out.late:
+            self._quarantine()
         state = {
             **self.progress.state(),
             "identity": self.identity.to_state(),

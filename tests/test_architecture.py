@@ -144,6 +144,8 @@ def test_each_outside_library_has_its_seam() -> None:
     assert {package_of(module) for module in importers("click")} == {"cli"}
     assert {module.split("_")[0] for module in importers("gguf")} <= {"conversion.gguf"}
     assert importers("torch") == set()
+    assert importers("pyarrow") == {"data.sources"}
+    assert {package_of(module) for module in importers("msgspec")} == {"data"}
 
 
 def test_nothing_is_unpickled_and_no_code_of_a_model_folder_is_run() -> None:
