@@ -21,6 +21,7 @@ DISTRIBUTION = "mlx-lora-tuner"
 EXTRAS = {
     "cuda": "training on NVIDIA GPUs",
     "gguf": "`mlx-tune export --to gguf`",
+    "parquet": "rows in Parquet files",
     "torch": "comparisons with PEFT on torch",
 }
 SMALLEST_BUDGET_GB = 2.0
