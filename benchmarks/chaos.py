@@ -1,27 +1,35 @@
-"""Stopped at random moments: what is lost, how long going on takes, whether the end is the same.
+"""What may be done to a run: kills, signals, a disk that fails, damage, many starts at once.
 
-    python benchmarks/chaos.py                      # 50 kills of each kind
-    python benchmarks/chaos.py --kills 10 --seed 1
+    python benchmarks/chaos.py                      # 100 stops of each kind
+    python benchmarks/chaos.py --stops 10 --seed 1
 
-A turn is one training (`recipes/quickstart.toml`, fewer steps), stopped five times and continued
-each time, or five conversions or mergers. The moments are drawn: after any step, while a checkpoint
-is being written, and while a resumed run starts. `survived` is the share of stops after which a run
-went on at the step after its newest checkpoint, which verified (SIGTERM: and ended with 143); or
-after which a conversion's folder was absent or complete. `same_result`: whether the adapter is bit
-for bit that of a run that nobody stopped. A stop while ours writes always costs the checkpoint that
-it was at, five steps; mlx-lm, which does not wait for the disk, has mostly written by then.
+A turn is one training (`recipes/quickstart.toml`, fewer steps), stopped five times, or five
+conversions or mergers, or a fifth … of the other counts. The moments are drawn: after any step,
+while a checkpoint is being written or the validation loss taken, and while a run starts. A killed
+child is started again by its parent; a killed parent must take its child along, and the run is
+continued with `--resume`; after SIGINT, SIGTERM and SIGHUP the exit code must be 130, 143 or 129.
 
-mlx-lm is stopped at moments drawn alike and goes on with `--resume-adapter-file` from its newest
+`survived` is the share of stops after which a run went on at the step after its newest checkpoint,
+which verified; of conversions after which the folder was absent or complete; of boundaries of a
+save, disk errors and power losses after which the newest checkpoint that was promised was gone on
+from; of damages to a checkpoint that were found while none was found in an undamaged one.
+`same_result`: whether the adapter is bit for bit that of a run that nobody stopped. A stop while
+ours writes costs the checkpoint that it was at, five steps; mlx-lm, which does not wait for the
+disk, has mostly written by then.
+
+mlx-lm is killed at moments drawn alike and goes on with `--resume-adapter-file` from its newest
 file, for the iterations that are left, counted by hand. It runs uncompiled (compiling takes longer
 than the run on a CPU) and does not validate.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,14 +38,19 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
-from harness import ROOT, Measures, interleave, options, save, table
+from harness import ROOT, Measures, options, save, table
 from safetensors.numpy import load_file
 
+from mlx_tuner.errors import RunError
 from mlx_tuner.models.model import resolve
-from mlx_tuner.runs.run import newest_checkpoint
-from mlx_tuner.system import device, files
+from mlx_tuner.runs import checkpoints
+from mlx_tuner.runs.run import Run, read_summary
+from mlx_tuner.system import blas, files
+
+sys.path.insert(0, str(ROOT / "tests"))
+import disk
 
 BUILTIN = "builtin:tiny-qwen"
 SAVE_EVERY, STOPS_A_TURN = 5, 5
@@ -45,6 +58,17 @@ AIMED = 0.3
 """Share of the stops for which the next file to be written is waited for."""
 AT_THE_START = 0.25
 """Share of the resumed runs that are killed once more while they start."""
+CHILD, PARENT, SIGNALS = "child", "parent", "signals"
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT)
+AT_ONCE = 50
+PATIENCE_SECONDS = 300.0
+"""For a run to come to its next step: longer is an error of this script or of the run."""
+PROGRAM = (
+    "from mlx_tuner.cli import main; from mlx_tuner.runs import supervisor; "
+    "supervisor.DELAYS = (0.1, 0.1, 0.1); main()"
+)
+"""`mlx-tune` that does not wait before it starts a child again."""
 
 
 class Ours:
@@ -55,28 +79,32 @@ class Ours:
     """What to add to the number of a line for its step."""
 
     def __init__(self, folder: Path, steps: int) -> None:
-        self.log, self._run = folder / "log", folder / "run"
-        self.adapter = self._run / "adapters.safetensors"
-        settings = {"max_steps": steps, "save_every": SAVE_EVERY, "log_every": 1}
+        self.log, self.run = folder / "log", folder / "run"
+        self.adapter = self.run / "adapters.safetensors"
+        settings = {"max_steps": steps, "save_every": SAVE_EVERY, "log_every": 1, "eval_every": 4}
         sets = [f"--set=train.{key}={value}" for key, value in settings.items()]
         recipe = str(ROOT / "recipes" / "quickstart.toml")
-        self._command = ["mlx_tuner", "run", recipe, "--run-dir", str(self._run), *sets]
+        self._command = ["-c", PROGRAM, "run", recipe, "--run-dir", str(self.run), *sets]
 
     def start(self) -> subprocess.Popen[bytes]:
         """Begin, or go on."""
-        again = ["--resume" if self.saved() else "--overwrite"] if self._run.exists() else []
+        again = ["--resume" if self.saved() else "--overwrite"] if self.run.exists() else []
         return start([*self._command, *again], self.log)
+
+    def start_new(self) -> subprocess.Popen[bytes]:
+        """Begin, whatever is there."""
+        return start(self._command, self.log)
 
     def saved(self) -> int:
         """The step from which a resumed run will go on."""
-        checkpoint, rejected = newest_checkpoint(self._run)
+        checkpoint, rejected = checkpoints.newest(self.run)
         if rejected:
             raise SystemExit(f"a checkpoint does not verify: {rejected}")
         return checkpoint.step if checkpoint else 0
 
     def is_writing(self) -> bool:
         """Whether it is at a checkpoint at this moment."""
-        return any(self._run.glob("checkpoints/.tmp-*"))
+        return any(self.run.glob("checkpoints/.tmp-*"))
 
 
 class MlxLm:
@@ -117,7 +145,7 @@ class MlxLm:
             **({"resume-adapter-file": self._newest} if self._newest else {}),
         }
         flags = [f"--{name}={value}" for name, value in options.items()]
-        return start(["mlx_lm", "lora", "--train", "--mask-prompt", *flags], self.log)
+        return start(["-m", "mlx_lm", "lora", "--train", "--mask-prompt", *flags], self.log)
 
     def saved(self) -> int:
         """Steps whose adapter is kept, of all its starts together."""
@@ -136,13 +164,25 @@ Trainer = Ours | MlxLm
 
 
 def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """`python -m …`, its output in `log`."""
-    environ = device.blas_environment(os.environ) | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-    if arguments[0] == "mlx_lm":
+    """`python …`, its output in `log`."""
+    environ = blas.environment(os.environ) | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    if "mlx_lm" in arguments:
         environ["MLX_DISABLE_COMPILE"] = "1"
     with log.open("wb") as output:
-        command = [sys.executable, "-m", *arguments]
+        command = [sys.executable, *arguments]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the children of a process."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and not only as its exit code."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return bool(found.stdout.strip()) and not found.stdout.startswith("Z")
 
 
 def told(trainer: Trainer) -> list[int]:
@@ -154,7 +194,10 @@ def told(trainer: Trainer) -> list[int]:
 
 def await_step(trainer: Trainer, process: subprocess.Popen[bytes], step: int) -> list[int]:
     """Wait until `step` or a later one is told of, or the process has ended."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while max(steps := told(trainer), default=0) < step and process.poll() is None:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no step {step}:\n{trainer.log.read_text(errors='replace')}")
         time.sleep(0.003)
     return steps
 
@@ -184,44 +227,95 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-def stop_training(
+def reach(
     trainer: Trainer,
-    sign: signal.Signals,
+    process: subprocess.Popen[bytes],
+    draw: random.Random,
+    moment: int,
+    pace: float,
+) -> None:
+    """Wait for a step, and then for something to be written or for part of a step."""
+    await_step(trainer, process, moment)
+    if draw.random() < AIMED:
+        while not trainer.is_writing() and told(trainer)[-1] < moment + SAVE_EVERY:
+            if process.poll() is not None:
+                return
+    else:
+        time.sleep(draw.uniform(0, pace))
+
+
+def kill_children(
+    draw: random.Random, steps: int, unbroken: Path, pace: float, folder: Path
+) -> Measures:
+    """One training whose child is killed at random moments; its parent goes on by itself."""
+    trainer = Ours(folder, steps)
+    process = trainer.start()
+    kills, steps_lost, resume_seconds = 0, [], []
+    for moment in sorted(draw.sample(range(1, steps - SAVE_EVERY), STOPS_A_TURN)):
+        reach(trainer, process, draw, moment, pace)
+        for pid in children(process):
+            before = told(trainer)
+            os.kill(pid, signal.SIGKILL)
+            kills += 1
+            begin = time.perf_counter()
+            while len(after := told(trainer)) == len(before) and process.poll() is None:
+                time.sleep(0.01)
+            resume_seconds.append(time.perf_counter() - begin)
+            if len(after) > len(before):
+                steps_lost.append(before[-1] + 1 - after[len(before)])
+    ended = process.wait() == 0
+    summary = read_summary(trainer.run)
+    counted = summary is not None and summary.restarts == kills
+    return {
+        "stops": kills,
+        "survived": float(ended and counted and len(steps_lost) == kills),
+        "same_result": float(ended and same(trainer.adapter, unbroken)),
+        "steps_lost": mean(steps_lost),
+        "resume_seconds": mean(resume_seconds),
+    }
+
+
+def stop_training(
+    kind: type[Trainer],
+    how: str,
     draw: random.Random,
     steps: int,
     unbroken: Path,
     pace: float,
+    folder: Path,
 ) -> Measures:
     """One training that is stopped at random moments and continued after each.
 
     Args:
+        how: `PARENT` (the process that was started is killed) or `SIGNALS`.
         unbroken: the adapter of a training that nobody stopped.
         pace: its seconds a step.
     """
-    survived, steps_lost, seconds_lost, resume_seconds = [], [], [], []
+    trainer = kind(folder, steps)
+    survived, steps_lost, resume_seconds = [], [], []
     process = trainer.start()
+
+    def kill(sign: signal.Signals = signal.SIGKILL) -> bool:
+        below = children(process)
+        process.send_signal(sign)
+        good = process.wait() == CODES.get(sign, -sign)
+        deadline = time.monotonic() + 5
+        while any(map(is_alive, below)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return good and not any(map(is_alive, below))
+
     for moment in sorted(draw.sample(range(1, steps - SAVE_EVERY), STOPS_A_TURN)):
-        await_step(trainer, process, moment)
-        if draw.random() < AIMED:
-            while not trainer.is_writing() and told(trainer)[-1] < moment + SAVE_EVERY:
-                pass
-        else:
-            time.sleep(draw.uniform(0, pace))
+        reach(trainer, process, draw, moment, pace)
         if told(trainer)[-1] >= steps - 1:  # one that makes its last step ends, as it should
             break
-        since = time.time() - trainer.log.stat().st_mtime
-        process.send_signal(sign)
-        expected = 143 if sign == signal.SIGTERM else -sign
-        stops = [process.wait() == expected]
+        sign = draw.choice(list(CODES)) if how == SIGNALS else signal.SIGKILL
+        stops = [kill(sign)]
         saved = trainer.saved()
         steps_lost.append(told(trainer)[-1] - saved)
-        seconds_lost.append(steps_lost[-1] * pace + since * (sign == signal.SIGKILL))
         if draw.random() < AT_THE_START:
             process = trainer.start()
             time.sleep(draw.uniform(0, 5))
-            process.kill()
-            process.wait()
-            stops.append(trainer.saved() >= saved)
+            stops.append(kill() and trainer.saved() >= saved)
             saved = trainer.saved()
         begin = time.perf_counter()
         process = trainer.start()
@@ -234,9 +328,127 @@ def stop_training(
         "survived": mean(survived),
         "same_result": float(same(trainer.adapter, unbroken)),
         "steps_lost": mean(steps_lost),
-        "seconds_lost": mean(seconds_lost),
         "resume_seconds": mean(resume_seconds),
     }
+
+
+# ---- the disk ----------------------------------------------------------------------------------
+
+
+def kill_at_boundaries(scratch: Path) -> Measures:
+    """A process killed before, in and after each call to the disk of two runs' saves."""
+    survived = []
+    for moment in ("before", "torn", "after"):
+        for at in range(1, 10_000):
+            folder = scratch / f"{moment}-{at}"
+            if not disk.history_killed_at(folder, at, moment):
+                break
+            if promised := disk.promised(folder):
+                survived.append(disk.newest_step(folder / "run") >= promised)
+            shutil.rmtree(folder)
+    return {"stops": len(survived), "survived": mean(survived)}
+
+
+def fail_calls(scratch: Path) -> Measures:
+    """Each call of a save fails with each error, once and for good."""
+    survived = []
+    for code in ERRORS:
+        for for_good in (False, True):
+            for at in range(1, 10_000):
+                path = scratch / f"{code}-{for_good}-{at}"
+                with Run(path) as run:
+                    run.begin(disk.OLD)
+                    disk.save(run, disk.OLD, 1)
+                    told_of = False
+                    with disk.failing(at, code, for_good=for_good) as calls:
+                        try:
+                            disk.save(run, disk.OLD, 2)
+                        except RunError as error:
+                            told_of = str(path) in str(error) and os.strerror(code) in str(error)
+                if len(calls) < at:
+                    break
+                survived.append(told_of and disk.newest_step(path) >= 1)
+                shutil.rmtree(path)
+    return {"stops": len(survived), "survived": mean(survived)}
+
+
+def lose_power(scratch: Path, states: int, seed: int) -> Measures:
+    """What may be left after each call: unflushed writes gone, in any combination."""
+    survived = []
+    for path, promised in disk.states_after_power_loss(scratch, states, seed):
+        if promised:
+            survived.append(disk.newest_step(path) >= promised)
+    return {"stops": len(survived), "survived": mean(survived)}
+
+
+def damage(run: Path, count: int, draw: random.Random, scratch: Path) -> Measures:
+    """Flips, truncations and missing files in a run's newest checkpoint; as many looks at it whole.
+
+    Args:
+        run: with two checkpoints at least.
+    """
+    copy = scratch / "run"
+    shutil.copytree(run, copy)
+    newest, _ = checkpoints.newest(copy)
+    found, false_alarms = [], []
+    for _ in range(count):
+        path = draw.choice(sorted(newest.path.iterdir()))
+        whole = path.read_bytes()
+        kind, at = draw.choice(["flip", "cut", "gone"]), draw.randrange(len(whole))
+        if kind == "flip":
+            flipped = whole[at] ^ 1 << draw.randrange(8)
+            path.write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+        elif kind == "cut":
+            path.write_bytes(whole[:at])
+        else:
+            path.unlink()
+        used, why = checkpoints.newest(copy)
+        found.append(used is not None and used.step < newest.step and bool(why))
+        path.write_bytes(whole)
+        false_alarms.append(checkpoints.newest(copy) != (newest, []))
+    return {"stops": count, "survived": mean(found), "false_alarms": mean(false_alarms)}
+
+
+def start_at_once(folder: Path) -> Measures:
+    """Fifty runs in one folder: how many train, and how long the others take to say no."""
+    trainer = Ours(folder, 1000)
+    runs, begun = [], []
+    for number in range(AT_ONCE):
+        trainer.log = folder / f"log-{number}"
+        begun.append(time.perf_counter())
+        runs.append((trainer.start_new(), trainer.log))
+    seconds: dict[int, float] = {}
+    while len(seconds) < AT_ONCE - 1 and time.perf_counter() - begun[0] < PATIENCE_SECONDS:
+        for number, (process, _) in enumerate(runs):
+            if number not in seconds and process.poll() is not None:
+                seconds[number] = time.perf_counter() - begun[number]
+        time.sleep(0.005)
+    (winner,) = [process for process, _ in runs if process.poll() is None]
+    named = f"in use by process {winner.pid},"
+    refused = [
+        process.returncode == 1 and named in log.read_text()
+        for process, log in runs
+        if process is not winner
+    ]
+    winner.kill()
+    winner.wait()
+    start_over = time.perf_counter()
+    while True:  # its child ends with it
+        try:
+            Run(trainer.run, overwrite=True).close()
+            break
+        except RunError:
+            if time.perf_counter() - start_over > 5:
+                raise
+    return {
+        "stops": AT_ONCE,
+        "survived": mean(refused),
+        "seconds_until_refused": median(seconds.values()),
+        "slowest_refusal_seconds": max(seconds.values()),
+    }
+
+
+# ---- conversions -------------------------------------------------------------------------------
 
 
 def stop_conversion(arguments: Sequence[str], folder: Path, draw: random.Random) -> Measures:
@@ -251,7 +463,7 @@ def stop_conversion(arguments: Sequence[str], folder: Path, draw: random.Random)
     def begin() -> subprocess.Popen[bytes]:
         if output.exists():
             files.remove(output)
-        return start(["mlx_tuner", *arguments, "-o", str(output)], log)
+        return start(["-m", "mlx_tuner", *arguments, "-o", str(output)], log)
 
     def content() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in output.iterdir()}
@@ -284,39 +496,69 @@ def stop_conversion(arguments: Sequence[str], folder: Path, draw: random.Random)
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="stops of each kind, at least")
+    parser.add_argument("--stops", type=int, default=100, help="of each kind, at least")
+    parser.add_argument("--states", type=int, default=5000, help="after a power loss")
+    parser.add_argument("--damages", type=int, default=1600, help="to a checkpoint")
     parser.add_argument("--steps", type=int, default=40, help="of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=1e6, help="for stops; fewer are made then")
+    parser.add_argument("--only", nargs="*", default=[], help="variants by a part of their name")
     args = parser.parse_args()
-    turns = -(-args.kills // STOPS_A_TURN)
+    for number in CODES:  # a job in the background has them ignored, and so would its children
+        signal.signal(number, signal.default_int_handler)
+    turns = -(-args.stops // STOPS_A_TURN)
+
+    def wanted(name: str) -> bool:
+        return not args.only or any(part in name for part in args.only)
+
     with tempfile.TemporaryDirectory() as scratch:
-        new = partial(tempfile.mkdtemp, dir=scratch)
+        new = lambda: Path(tempfile.mkdtemp(dir=scratch))  # noqa: E731
         unbroken = {}
         for kind in (Ours, MlxLm):
-            (first, _), second = (train(kind(Path(new()), args.steps), args.steps) for _ in "ab")
-            if not same(first, second[0]):
-                raise SystemExit(f"{kind.__name__}: two runs that nobody stopped differ")
-            unbroken[kind] = second
-        ours = unbroken[Ours][0].parent
-
-        def training(kind: type[Trainer], sign: signal.Signals) -> Callable[[], Measures]:
-            draw = random.Random(args.seed)  # the same moments for all
-            return lambda: stop_training(
-                kind(Path(new()), args.steps), sign, draw, args.steps, *unbroken[kind]
-            )
-
-        def conversion(*arguments: str) -> Callable[[], Measures]:
-            draw = random.Random(args.seed)
-            return lambda: stop_conversion(arguments, Path(new()), draw)
-
-        variants = {
-            "run, SIGKILL": training(Ours, signal.SIGKILL),
-            "run, SIGTERM": training(Ours, signal.SIGTERM),
-            "mlx_lm.lora, SIGKILL": training(MlxLm, signal.SIGKILL),
-            "convert, SIGKILL": conversion("convert", BUILTIN, "--dtype", "float16"),
-            "fuse, SIGKILL": conversion("fuse", str(ours)),
+            if kind is Ours or wanted("mlx_lm.lora, SIGKILL"):
+                (first, _), second = (train(kind(new(), args.steps), args.steps) for _ in "ab")
+                if not same(first, second[0]):
+                    raise SystemExit(f"{kind.__name__}: two runs that nobody stopped differ")
+                unbroken[kind] = second
+        run = unbroken[Ours][0].parent
+        draws = {name: random.Random(args.seed) for name in ("a", "b", "c", "d", "e", "f", "g")}
+        ours, theirs = unbroken[Ours], unbroken.get(MlxLm, (run, 1.0))
+        variants: dict[str, Callable[[], Measures]] = {
+            "child, SIGKILL": lambda: kill_children(draws["a"], args.steps, *ours, new()),
+            "parent, SIGKILL": lambda: stop_training(
+                Ours, PARENT, draws["b"], args.steps, *ours, new()
+            ),
+            "run, signals": lambda: stop_training(
+                Ours, SIGNALS, draws["c"], args.steps, *ours, new()
+            ),
+            "mlx_lm.lora, SIGKILL": lambda: stop_training(
+                MlxLm, PARENT, draws["d"], args.steps, *theirs, new()
+            ),
+            "convert, SIGKILL": lambda: stop_conversion(
+                ("convert", BUILTIN, "--dtype", "float16"), new(), draws["e"]
+            ),
+            "fuse, SIGKILL": lambda: stop_conversion(("fuse", str(run)), new(), draws["f"]),
         }
-        runs = interleave(variants, repeats=turns, on_result=lambda *turn: print(*turn, flush=True))
+        once: dict[str, Callable[[], Measures]] = {
+            "save, each boundary": lambda: kill_at_boundaries(new()),
+            "disk errors": lambda: fail_calls(new()),
+            "power loss": lambda: lose_power(new(), args.states, args.seed),
+            "damage": lambda: damage(run, args.damages, draws["g"], new()),
+            "50 starts": lambda: start_at_once(new()),
+        }
+        said = partial(print, flush=True)
+        runs = {}
+        with disk.instant():
+            for name, look in once.items():
+                if wanted(name):
+                    runs[name] = [look()]
+                    said(name, runs[name][0])
+        end = time.monotonic() + 60 * args.minutes
+        for _ in range(turns):
+            for name, variant in variants.items():
+                if wanted(name) and time.monotonic() < end:
+                    runs.setdefault(name, []).append(variant())
+                    said(name, runs[name][-1])
     print(table(runs))
     stops = {name: int(sum(turn["stops"] for turn in found)) for name, found in runs.items()}
     settings = {"steps": args.steps, "save_every": SAVE_EVERY, "turns": turns}
