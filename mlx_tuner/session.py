@@ -12,22 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner import assembly
+from mlx_tuner import assembly, snapshot
 from mlx_tuner.data.dataset import shared_rows
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine.batching import Example
-from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import StepResult, Trainer, train
 from mlx_tuner.errors import Fault, RunError, RunStopped
-from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
-from mlx_tuner.models.adapter import Adapter
-from mlx_tuner.models.adapter_config import ALL_LAYERS
-from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import answer_all
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
-from mlx_tuner.runs.checkpoints import Checkpoint
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import (
     FINISHED,
@@ -57,16 +51,11 @@ from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device, files, interrupt
 from mlx_tuner.words import plural
 
-OPTIMIZER = "optimizer.safetensors"
-
 NONFINITE_LIMIT = 3
 """Steps in a row without a finite loss and gradient that end a run."""
 
 DRAWING_SHARE = 0.01
 """Of a run's time, that its plots and report may take while it goes on."""
-
-_PARTS = 3
-"""An adapter, and two moments of its size, are what a checkpoint holds."""
 
 
 @dataclass
@@ -208,20 +197,21 @@ class Session:
                 self._examples.append(examples)
                 yield examples
 
-        rates, eval_every = self.learning_rates[first:], assembly.eval_every(self.recipe, rows)
+        rates, save_every = self.learning_rates[first:], self.recipe.train.save_every
+        eval_every = assembly.eval_every(self.recipe, rows)
         steps = train(
             self.trainer,
             batches(),
             rates,
             first_step=first,
-            # An evaluation is no part of the next step's time.
-            pause_after=lambda step: self.data.valid is not None and step % eval_every == 0,
+            # What is done between two steps is no part of the next one's time, nor hides it.
+            pause_after=lambda step: step % save_every == 0 or step % eval_every == 0,
         )
         for result in steps:
             self.progress.step += 1
             self.progress.meter.step(result)
             self.display.step(result)
-            self.pulse.beat()
+            self.pulse.step()
             yield result
             self._examples.popleft()
 
@@ -290,6 +280,7 @@ class Session:
         if not self.prompts:
             return
         with self.display.task("answering the prompts"), meter.timing("answering"):
+            self.pulse.quiet()
             model = self.trainer.tuned()
             answers = answer_all(model, self.tokenizer, self.prompts, asked.max_tokens)
             self.pulse.beat()
@@ -337,38 +328,21 @@ class Session:
                 self._write_checkpoint,
                 state,
                 best_step=self.progress.best_step,
-                size=checkpoint_bytes(self.trainer),
+                size=snapshot.checkpoint_bytes(self.trainer),
             )
             self.pulse.saved(self.progress.step)
             if self.data.valid is None:
                 self._publish()
 
     def _publish(self) -> None:
-        self.run.publish(self._write_adapter, size=checkpoint_bytes(self.trainer) // _PARTS)
+        self.run.publish(self._write_adapter, size=snapshot.adapter_bytes(self.trainer))
 
     def _write_checkpoint(self, folder: Path) -> None:
         self._write_adapter(folder)
-        state = self.trainer.state
-        moments = {
-            "first_moment": state.first_moment,
-            "second_moment": state.second_moment,
-            "updates": state.updates,
-        }
-        adapter.write_tensors(folder / OPTIMIZER, moments, "mlx", None)
+        snapshot.write_optimizer(folder, self.trainer)
 
     def _write_adapter(self, folder: Path) -> None:
-        lora, layers = self.recipe.lora, self.recipe.lora.num_layers
-        trained = Adapter(
-            self.trainer.adapter,
-            rank=lora.rank,
-            scale=lora.scale,
-            dropout=lora.dropout,
-            num_layers=ALL_LAYERS if layers is None else layers,
-            base=self.recipe.model.path,
-            revision=self.recipe.model.revision,
-            fingerprint=self.identity.base,
-        )
-        adapter.write_adapter(folder, trained)
+        snapshot.write_adapter(folder, self.trainer, self.recipe, self.identity.base)
 
     def _finish(self, status: str) -> Summary:
         meter = self.progress.meter
@@ -398,17 +372,3 @@ class Session:
             shown = page.report(records, summary, path, recipe=recipe, samples=samples)
             files.write_text(path / REPORT, shown)
         return summary
-
-
-def checkpoint_bytes(trainer: Trainer) -> int:
-    """What a checkpoint of a trainer takes on the disk, but for small files."""
-    return _PARTS * int(trainer.state.parameters.nbytes)
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
-    """Put adapter and optimizer back as a checkpoint has them."""
-    kept = read_adapter(checkpoint.path)
-    moments = mx.load(str(checkpoint.path / OPTIMIZER))
-    trainer.state = State(trainer.shapes.flatten(kept.tensors), **moments)
-    mx.eval(trainer.state)
-    return Progress.resumed(checkpoint.state)

@@ -6,7 +6,7 @@ import hashlib
 import io
 from pathlib import Path
 
-from mlx_tuner import assembly, needs
+from mlx_tuner import assembly, needs, snapshot
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model as models
@@ -16,7 +16,7 @@ from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.runs.pulse import Pulse
 from mlx_tuner.runs.run import Run
-from mlx_tuner.session import Session, checkpoint_bytes, restore
+from mlx_tuner.session import Progress, Session
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
 
@@ -87,13 +87,14 @@ def finetune(
             if assembly.on_gpu():
                 pulse.started(trainer.micro_batch_tokens)
                 rehearse(trainer, data.train, recipe.train.batch_size)
-            run.require_space(checkpoint_bytes(trainer))
+            run.require_space(snapshot.checkpoint_bytes(trainer))
             asked = assembly.sample_prompts(recipe, loaded)
             session = Session(
                 recipe, run, display, trainer, data, rates, same, pulse, loaded.tokenizer, asked
             )
             if kept:
-                session.progress = restore(trainer, kept)
+                snapshot.restore(kept.path, trainer)
+                session.progress = Progress.resumed(kept.state)
                 if session.is_finished():
                     return session.already_finished()
                 run.go_on(recipe.to_toml())

@@ -34,7 +34,7 @@ BELOW = {
 """What each of these rooms may import of ours, beside itself; those above import what they need."""
 
 ASSEMBLY = {
-    *("assembly", "needs", "session", "training", "python"),
+    *("assembly", "needs", "session", "snapshot", "training", "python"),
     *("bench", "cli", "commands", "conversion"),
 }
 """Commands, and what puts a run's parts together."""

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -492,13 +493,62 @@ def test_the_lock_is_free_again_after_a_kill(root, tmp_path):
     command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), "--run-dir"]
     path = tmp_path / "run"
     process = subprocess.Popen([*command, str(path)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (path / "checkpoints").is_dir() or not any((path / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_checkpoint(path, process)
     with pytest.raises(RunError, match=f"process {process.pid}"):
         run_recipe(load_recipe(recipe), path, resume=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     with runs.Run(path, resume=True) as run:
         assert run.checkpoint.step > 0
+
+
+def test_a_clock_that_jumps_by_days_changes_neither_adapter_nor_rates(
+    finished, root, tmp_path, monkeypatch
+):
+    path, _ = finished
+    real, draw = time.time, random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: real() + draw.choice([-86_400, 0, 86_400]))
+    summary = run_recipe(recipe_of(root), tmp_path / "run")
+    assert_same_adapter(path, tmp_path / "run")
+    for record in runs.read_records(tmp_path / "run"):
+        if isinstance(record, TrainRecord):
+            assert 0 < record.samples_per_second < 10_000
+            assert 0 < record.elapsed_seconds < 600
+    assert 0 < summary.runtime_seconds < 600
+
+
+@pytest.mark.slow
+def test_a_run_that_sleeps_and_whose_child_is_killed_ends_as_if_nothing_had_been(
+    finished, root, tmp_path
+):
+    path, _ = finished
+    (tmp_path / "small.toml").write_text(recipe_of(root).to_toml())
+    code = (
+        "import sys\n"
+        "from mlx_tuner import cli\n"
+        "from mlx_tuner.runs import supervisor\n"
+        "supervisor.DELAYS = (0.1, 0.1, 0.1)\n"
+        "supervisor.TICK, supervisor.PATIENCE = 0.1, 1.5\n"
+        "cli.main(['run', 'small.toml', '--run-dir', 'run', '--quiet'])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+    wait_for_checkpoint(tmp_path / "run", process)
+    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]))
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(child, signal.SIGCONT)
+    os.kill(child, signal.SIGKILL)
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 0
+    assert said.count("training died: the system killed it") == 1
+    assert "hung" not in said
+    assert_same_adapter(path, tmp_path / "run")
+    assert runs.read_summary(tmp_path / "run").restarts == 1
+
+
+def wait_for_checkpoint(run, process):
+    deadline = time.monotonic() + 60
+    while not any((run / "checkpoints").glob("step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -177,7 +177,7 @@ def test_a_child_that_hangs_between_steps_is_started_again(supervised) -> None:
     script = """
 if attempt == 0:
     time.sleep(1)  # what comes before the first step may take its time
-    own.beat()
+    own.step()
     own.saved(1)
     time.sleep(60)
 """
@@ -187,7 +187,7 @@ if attempt == 0:
 
 
 def test_a_child_that_somebody_has_stopped_does_not_hang(tmp_path) -> None:
-    process = start(tmp_path, "own.beat(); Path('beats').touch(); time.sleep(0.3)")
+    process = start(tmp_path, "own.step(); Path('beats').touch(); time.sleep(0.3)")
     wait_for(tmp_path / "beats")
     child = json.loads((tmp_path / "start-0").read_text())[0]
     os.kill(child, signal.SIGSTOP)
@@ -262,7 +262,7 @@ def test_of_many_starts_at_once_one_trains_and_the_others_name_it(tmp_path) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_parent_takes_little_memory_and_hardly_any_time(tmp_path) -> None:
-    script = "Path('ready').touch()\nfor _ in range(100): own.beat(); time.sleep(0.02)"
+    script = "Path('ready').touch()\nfor _ in range(100): own.step(); time.sleep(0.02)"
     process = start(tmp_path, script)
     wait_for(tmp_path / "ready")
     time.sleep(0.2)

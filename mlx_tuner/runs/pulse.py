@@ -62,8 +62,16 @@ class Pulse:
         """Say how many restarts the run has had."""
         self._tell(f"restarts {count}")
 
+    def step(self) -> None:
+        """Say that a step is made."""
+        self._tell("step")
+
+    def quiet(self) -> None:
+        """Say that nothing is to be heard until the next beat or step, however long that takes."""
+        self._tell("quiet")
+
     def beat(self) -> None:
-        """Say that something goes on."""
+        """Say that something else than a step goes on."""
         self._tell("beat")
 
     def saved(self, step: int) -> None:

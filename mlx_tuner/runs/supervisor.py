@@ -211,6 +211,10 @@ class _Child:
         """Whether steps are made, so that silence means something."""
         self._silence = 0.0
         self._silences: deque[float] = deque(maxlen=20)
+        """Before the latest steps."""
+        self._slowest_beat = 0.0
+        """Of evaluations, which come seldom: of all of them."""
+        self._beats = False
         self._stopped = False
         self._status: int | None = None
         self._begun = False
@@ -276,14 +280,19 @@ class _Child:
 
     def _take(self, data: bytes) -> None:
         *lines, self._line = (self._line + data).split(b"\n")
-        if lines and self._alive:
-            self._silences.append(self._silence)
-        self._silence = 0.0
+        silence, self._silence = self._silence, 0.0
         for line in lines:
             what, _, value = line.decode().partition(" ")
             self._begun = True
-            if what == "beat":
+            if what == "step":
+                if self._alive:
+                    self._silences.append(silence)
                 self._alive = True
+            elif what == "beat":
+                self._slowest_beat = max(self._slowest_beat, silence if self._beats else 0.0)
+                self._beats = True
+            elif what == "quiet":
+                self._alive = False
             elif what == "saved":
                 self.saved = int(value)
             elif what == "started":
@@ -307,8 +316,8 @@ class _Child:
         return self._stopped
 
     def _is_hanging(self) -> bool:
-        limit = max([PATIENCE, *(SLOWEST * each for each in self._silences)])
-        return self._alive and self._silence > limit
+        slowest = max([self._slowest_beat, *self._silences])
+        return self._alive and self._silence > max(PATIENCE, SLOWEST * slowest)
 
     def _end(self) -> None:
         if self._status is None:
