@@ -4,9 +4,10 @@
     python benchmarks/data.py --part start --rows 2000000
 
 CodeAlpaca rows and the real tokenizer from ../shared. "tokenise": rows a second from JSON lines to
-tokens and masks, in turns in one process, after a check that the tokens are the same. "start": from
-opening a file of many rows to the first step's tokens, each way in a process of its own; `grown_mb`
-is the peak of resident memory above what libraries and tokenizer take.
+tokens and masks, each with a tokenizer of its own that is loaded before, in turns in one process,
+after a check that the tokens are the same. "start": from opening a file of many rows to the first
+step's tokens, each way in a process of its own; `grown_mb` is the peak of resident memory above
+what libraries and tokenizer take.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness import child, interleave, options, report, save, table
+from mlx_lm import tokenizer_utils
 from shared import shared
 
 from mlx_tuner.bench.measure import Measures
-from mlx_tuner.data.dataset import Dataset, open_dataset
+from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.data.encode import Encoder
 from mlx_tuner.data.order import shuffled
 from mlx_tuner.data.stream import prefetch
-from mlx_tuner.data.survey import SURVEYED_ROWS
 from mlx_tuner.models.model import load_tokenizer
 
 SHARED = shared()
@@ -58,12 +60,13 @@ def main() -> None:
 def tokenise(args: argparse.Namespace) -> None:
     """Rows a second over the training rows, ours and mlx-lm's."""
     rows = completions()
-    with tempfile.TemporaryDirectory() as folder, qwen() as tokenizer:
+    with tempfile.TemporaryDirectory() as folder, qwen() as model:
+        tokenizer, theirs = load_tokenizer(model), tokenizer_utils.load(model)
         path = Path(folder) / "rows.jsonl"
         path.write_text("\n".join(rows))
 
-        def ours() -> list[tuple[list[int], int]]:
-            dataset = opened(path, tokenizer, surveyed_rows=0)
+        def ours(encoder: Encoder) -> list[tuple[list[int], int]]:
+            dataset = open_dataset(path, encoder, surveyed_rows=0)
             steps = (
                 range(i, min(i + BATCH_ROWS, len(rows))) for i in range(0, len(rows), BATCH_ROWS)
             )
@@ -73,12 +76,18 @@ def tokenise(args: argparse.Namespace) -> None:
                 for example in examples
             ]
 
-        def mlx_lm() -> list[tuple[list[int], int]]:
+        def mlx_lm(tokenizer: Any) -> list[tuple[list[int], int]]:
             dataset = peer_dataset(path, tokenizer)
             return [dataset[i] for i in range(len(dataset))]
 
-        assert ours() == mlx_lm(), "the two do not give the same tokens and first targets"
-        variants = {"ours": timed(ours, len(rows)), "mlx-lm": timed(mlx_lm, len(rows))}
+        # A new one each time: it remembers words.
+        encoder = partial(Encoder, tokenizer, max_seq_length=2048)
+        same = ours(encoder()) == mlx_lm(theirs)
+        assert same, "the two do not give the same tokens and first targets"
+        variants = {
+            "ours": timed(encoder, ours, len(rows)),
+            "mlx-lm": timed(lambda: theirs, mlx_lm, len(rows)),
+        }
         runs = interleave(variants, repeats=args.repeats)
     print(table(runs, baseline="mlx-lm"))
     settings = {"rows": len(rows), "batch_rows": BATCH_ROWS}
@@ -108,15 +117,17 @@ def start(args: argparse.Namespace) -> None:
 
 def start_ours(args: argparse.Namespace) -> Measures:
     """One turn of ours: open, first step, some more steps."""
-    with qwen() as tokenizer:
+    with qwen() as model:
+        tokenizer = load_tokenizer(model)
         watch = Watch()
-        dataset = opened(args.file, tokenizer)
+        dataset = open_dataset(args.file, Encoder(tokenizer, max_seq_length=2048))
         return watch.measures(prefetch(dataset, steps_of(dataset)))
 
 
 def start_all_lines(args: argparse.Namespace) -> Measures:
     """One turn of mlx-lm's way: all lines as Python objects, then rows as they are asked for."""
-    with qwen() as tokenizer:
+    with qwen() as model:
+        tokenizer = tokenizer_utils.load(model)
         watch = Watch()
         dataset = peer_dataset(args.file, tokenizer)
         return watch.measures([dataset[row] for row in step] for step in steps_of(dataset))
@@ -156,12 +167,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def timed(run: Callable[[], Any], rows: int) -> Callable[[], Measures]:
-    """A variant that measures `run`, which goes through `rows`."""
+def timed(
+    prepare: Callable[[], Any], run: Callable[[Any], Any], rows: int
+) -> Callable[[], Measures]:
+    """A variant that measures `run`, which goes through `rows` with what `prepare` makes."""
 
     def measure() -> Measures:
+        prepared = prepare()
         begin = time.perf_counter()
-        run()
+        run(prepared)
         return {"rows_per_second": rows / (time.perf_counter() - begin)}
 
     return measure
@@ -178,17 +192,13 @@ def completions() -> list[str]:
 
 
 @contextmanager
-def qwen() -> Iterator[Any]:
-    """The real tokenizer."""
+def qwen() -> Iterator[Path]:
+    """A model folder with the real tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         for file in (SHARED / "qwen2.5-coder").iterdir():
             name = "config.json" if file.name == "config-0.5B.json" else file.name
             shutil.copy(file, Path(folder) / name)
-        yield load_tokenizer(Path(folder))
-
-
-def opened(path: Path, tokenizer: Any, surveyed_rows: int = SURVEYED_ROWS) -> Dataset:
-    return open_dataset(path, Encoder(tokenizer, max_seq_length=2048), surveyed_rows=surveyed_rows)
+        yield Path(folder)
 
 
 def peer_dataset(path: Path, tokenizer: Any) -> Sequence[tuple[list[int], int]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from os.path import commonprefix
 from typing import Any, Literal
 
 import numpy as np
@@ -104,7 +106,9 @@ class Encoder:
         self._added_tokens = _any_of(self._ids)
         if eos := self._tokenizer.eos_token:
             self._ids.setdefault(eos, packed([self._tokenizer.eos_token_id]))
-        self._control_tokens = _any_of(t.content for t in added.values() if t.special)
+        control_tokens = [token.content for token in added.values() if token.special]
+        self._control_tokens = _any_of(control_tokens)
+        self._control_prefix = commonprefix(control_tokens)  # noqa: RUF071 - of characters
         self._header_ids = self._text_encoder.encode([HEADER])[HEADER]
         self._chat_fault = self._why_no_chat()
 
@@ -189,7 +193,7 @@ class Encoder:
 
     def _spells_control(self, chat: list[dict[str, Any]]) -> bool:
         return any(
-            self._control_tokens.search(text)
+            self._control_prefix in text and self._control_tokens.search(text)
             for message in chat
             for text in (message.values() if len(message) == 2 else _strings(message))
         )
@@ -200,21 +204,18 @@ class Encoder:
         self, rendered: _Rendered, ids: dict[str, bytes]
     ) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The row's tokens, and where each assistant's turn begins and ends among them."""
-        parts: list[bytes] = []
+        pieces = rendered.pieces
+        parts = [b""] * len(pieces)
+        parts[::2] = map(ids.__getitem__, pieces[::2])
+        parts[1::2] = map(self._ids.__getitem__, pieces[1::2])
+        ends = list(accumulate(map(len, parts)))
         turns: list[tuple[int, int]] = []
-        length = 0
         start: int | None = None
-        for i, piece in enumerate(rendered.pieces):
-            is_token = i % 2 == 1
-            part = self._ids[piece] if is_token else ids[piece]
-            parts.append(part)
-            length += len(part) // ID_BYTES
-            if not is_token:
-                continue
-            if piece == START and (text := rendered.pieces[i + 1]).startswith(HEADER):
-                start = length + self._header_length(text, ids[text])
-            elif piece == END and start is not None:
-                turns.append((start, length))
+        for i in range(1, len(pieces), 2):
+            if pieces[i] == START and (text := pieces[i + 1]).startswith(HEADER):
+                start = ends[i] // ID_BYTES + self._header_length(text, ids[text])
+            elif pieces[i] == END and start is not None:
+                turns.append((start, ends[i] // ID_BYTES))
                 start = None
         return np.frombuffer(b"".join(parts), np.int32), turns
 
