@@ -12,11 +12,11 @@ from mlx_tuner.cli import main
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.system import files
 
-MOMENTS = 50
+MOMENTS = 25
 
 
 def kill(*arguments: str, output: Path) -> int:
-    """Run `mlx-tune ARGUMENTS -o OUTPUT` to its end, then again with a SIGKILL, 50 times.
+    """Run `mlx-tune ARGUMENTS -o OUTPUT` to its end, then again with a SIGKILL, 25 times.
 
     Returns how often OUTPUT was absent; else it must be as it was the first time.
     """

@@ -373,7 +373,7 @@ def test_a_wrong_command_line_is_one_line_and_changes_nothing(
 def test_a_conversion_killed_at_any_moment_leaves_all_or_nothing(source, tmp_path):
     before = snapshot(source)
     absent = kill("convert", str(source), "--dtype", "float16", output=tmp_path / "work" / "out")
-    assert 5 < absent <= 50
+    assert 3 < absent <= 25
     assert snapshot(source) == before
 
 
@@ -410,11 +410,11 @@ def test_a_hub_model_is_converted_and_pushed_and_the_token_is_not_shown(source, 
 
 
 @pytest.mark.slow
-def test_a_model_of_real_size_converts_in_bounded_memory(root, shared, tmp_path):
-    """Two shards of the 1.5B shape, compared as well: 1.2 GB and the largest shard."""
+def test_a_model_of_real_size_converts_in_bounded_memory(root, tmp_path):
+    """Two shards of the 0.5B shape, compared as well: 0.8 GB and the largest shard."""
     model, made = tmp_path / "model", tmp_path / "made"
     script = [sys.executable, str(root / "benchmarks" / "convert.py")]
-    subprocess.run([*script, "--make", model, "--shape", "1.5B"], check=True)
+    subprocess.run([*script, "--make", model, "--shape", "0.5B"], check=True)
     shards = [path.stat().st_size for path in model.glob("*.safetensors")]
     assert len(shards) == 2
     command = [sys.executable, "-m", "mlx_tuner", "convert", model, "-o", made]
@@ -423,8 +423,8 @@ def test_a_model_of_real_size_converts_in_bounded_memory(root, shared, tmp_path)
     done.returncode = os.waitstatus_to_exitcode(status)
     assert done.returncode == 0
     unit = 1 if sys.platform == "darwin" else 1024
-    assert usage.ru_maxrss * unit < 1.2e9 + max(shards)
+    assert usage.ru_maxrss * unit < 0.8e9 + max(shards)
     assert files.verify(made) == []
     assert check_model_folder(made).tensors.keys() == check_model_folder(model).tensors.keys()
-    for folder in (model, made):  # pytest would keep the 6 GB
+    for folder in (model, made):  # pytest would keep the 2 GB
         shutil.rmtree(folder)
