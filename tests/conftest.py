@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import hub_of_none  # noqa: F401, a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c0ffee" + "0" * 34
 LARGE = (".safetensors", ".jsonl", ".gz", ".bin")  # kept with Git LFS, so known by SHA-256
 
@@ -219,3 +222,19 @@ def _tree_entry(name: str, content: bytes) -> dict[str, object]:
         sha256 = hashlib.sha256(content).hexdigest()
         entry["lfs"] = {"size": len(content), "oid": sha256, "pointerSize": 134}
     return entry
+
+
+@pytest.fixture
+def hub_of_none(monkeypatch, tmp_path):
+    """A Hub that this process takes for the Hub, with nothing on it; an empty cache, no token."""
+    fake = FakeHub()
+    monkeypatch.setattr(constants, "ENDPOINT", fake.address)
+    template = fake.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    yield fake
+    fake.close()

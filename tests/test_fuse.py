@@ -430,17 +430,15 @@ def test_a_wrong_command_is_one_line(adapted, tmp_path, monkeypatch, arguments, 
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
-def test_a_push_uploads_the_folder_once_it_is_complete(adapted, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr("mlx_tuner.system.hub.check_token", lambda name: None)
-    monkeypatch.setattr(
-        "mlx_tuner.system.hub.push",
-        lambda folder, name: pushed.append((verify(folder), name)) or "there",
-    )
+def test_a_push_uploads_the_folder_once_it_is_complete(adapted, tmp_path, monkeypatch, hub_of_none):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     arguments = ["fuse", str(adapted), "-o", str(tmp_path / "fused"), "--push", "me/mine"]
     result = CliRunner().invoke(main, arguments)
-    assert pushed == [([], "me/mine")]
-    assert result.stdout.endswith("there\n")
+    assert result.stdout.endswith(f"{hub_of_none.address}/me/mine\n")
+    pushed = hub_of_none.repositories["models/me/mine"].files
+    made = {path.name: path.read_bytes() for path in (tmp_path / "fused").iterdir()}
+    assert pushed == made
+    assert verify(tmp_path / "fused") == []
 
 
 # ---- slow: killed --------------------------------------------------------------------------------

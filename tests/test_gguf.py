@@ -388,18 +388,17 @@ def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, disp
         export_gguf(adapted, tmp_path / "m.gguf", display)
 
 
-def test_the_command_writes_both_files_and_pushes_only_them(adapted, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr("mlx_tuner.system.hub.check_token", lambda name: None)
-    monkeypatch.setattr(
-        "mlx_tuner.system.hub.push",
-        lambda folder, name: pushed.append(sorted(path.name for path in folder.iterdir())),
-    )
+def test_the_command_writes_both_files_and_pushes_only_them(
+    adapted, tmp_path, monkeypatch, hub_of_none
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     arguments = ["export", str(adapted), "--to", "gguf", "--dtype", "q8_0", "--push", "me/mine"]
     result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "new" / "model.gguf")])
     assert result.exit_code == 0, result.output
     assert "kept of the fine-tune" in result.stdout
-    assert pushed == [["Modelfile", "model.gguf"]]
+    pushed = hub_of_none.repositories["models/me/mine"]
+    assert sorted(pushed.files) == ["Modelfile", "model.gguf"]
+    assert pushed.files["model.gguf"] == (tmp_path / "new" / "model.gguf").read_bytes()
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "private").write_text("")
     result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "used" / "model.gguf")])

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx_lm
 import pytest
-from fake_hub import COMMIT, FakeHub, Repository
+from fake_hub import COMMIT, Repository
 from huggingface_hub import constants
 
 from mlx_tuner.conversion.convert import convert
@@ -16,17 +16,9 @@ WEIGHTS = bytes(range(256)) * 40
 
 
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
+def fake(hub_of_none):
     """A Hub with one model and one data set, an empty cache, and no token."""
-    fake = FakeHub()
-    monkeypatch.setattr(constants, "ENDPOINT", fake.address)
-    template = fake.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+    fake = hub_of_none
     fake.repositories["models/qwen/tiny"] = Repository(
         {
             "config.json": b'{"model_type": "qwen2"}',
@@ -36,14 +28,15 @@ def fake(monkeypatch, tmp_path):
             "modeling_qwen.py": b"raise SystemExit",
             "pytorch_model.bin": b"pickle",
             "onnx/config.json": b"{}",
+            "trainer_state.json": b"{}",
+            "requirements.txt": b"x",
             "README.md": b"hello",
         }
     )
     fake.repositories["datasets/acme/rows"] = Repository(
         {"rows.jsonl": b'{"text": "a"}\n', "dataset_infos.json": b"{}", "README.md": b""}
     )
-    yield fake
-    fake.close()
+    return fake
 
 
 def fault(kind, call, *arguments) -> str:

@@ -7,7 +7,6 @@ Token, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the cache are left to huggingface-hub
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,13 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from mlx_tuner.errors import DataError, Fault, ModelError, TunerError, first_line
 
-_MODEL_FILES = ("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_MODEL_FILES = (
+    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("generation_config.json", "special_tokens_map.json", "chat_template.json"),
+    "chat_template.jinja",
+)
+"""What is read of a model's folder (`models.folder.COMPANIONS`); nothing else is fetched."""
 _ROW_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _TRAINING = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|valid|validation|val|dev|eval)([/_.-]|$)")
@@ -164,31 +169,18 @@ def _fetched(name: str, kind: str, revision: str | None, info: Any, files: list[
         raise OSError("it changed during the download")
     # Hashing takes seconds a model, so only what may not have been hashed before is: a download
     # that was interrupted leaves a file missing, and then all of them are looked at.
-    for file in files if fresh else []:
-        path = folder / file.rfilename
-        if not _is_intact(path, file):
-            hf_hub_download(
-                name, file.rfilename, repo_type=kind, revision=info.sha, force_download=True
-            )
-            if not _is_intact(path, file):
-                path.unlink()  # so that the next start downloads it again
-                raise OSError(f"{file.rfilename} arrived damaged twice")
+    for file in _damaged(name, kind, info.sha) if fresh else []:
+        hf_hub_download(name, file, repo_type=kind, revision=info.sha, force_download=True)
+    for file in _damaged(name, kind, info.sha) if fresh else []:
+        (folder / file).unlink()  # so that the next start downloads it again
+        raise OSError(f"{file} arrived damaged twice")
     return folder
 
 
-def _is_intact(path: Path, file: Any) -> bool:
-    """Whether a file has the Hub's size and hash (SHA-256 of a large file, else git's SHA-1)."""
-    size = path.stat().st_size
-    if file.lfs is not None:
-        digest, expected = hashlib.sha256(), file.lfs.sha256
-    else:
-        digest, expected = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), file.blob_id
-    if size != file.size:
-        return False
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() == expected
+def _damaged(name: str, kind: str, revision: str) -> list[str]:
+    """Cached files of a repository whose hash is not the Hub's."""
+    found = HfApi().verify_repo_checksums(name, repo_type=kind, revision=revision)
+    return [mismatch["path"] for mismatch in found.mismatches]
 
 
 @contextmanager
