@@ -32,6 +32,7 @@ benchmark.
 | `mlx-tune bench --against mlx-lm` | the same, and mlx-lm's own trainer turn by turn |
 | `mlx-tune bench --sweep` | rows a step × tokens a row × quantisation |
 | `python benchmarks/training.py` | our training step against mlx-lm's, on real rows |
+| `… --model FOLDER --against mlx-lm peft` | the same on a model's weights, and PEFT on torch |
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
 | `python benchmarks/chaos.py` | what being killed costs a run, against mlx-lm, and a conversion |
