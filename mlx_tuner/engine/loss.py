@@ -9,12 +9,12 @@ the kernel).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tuner.engine import sums
+from mlx_tuner.engine import fusion, sums
 from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.lanes import lanes
 
@@ -123,7 +123,7 @@ def _exponentials(fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
     def exponentials(logits: mx.array, largest: mx.array) -> mx.array:
         return mx.exp(logits.astype(mx.float32) - largest.astype(mx.float32))
 
-    return partial(mx.compile, shapeless=True)(exponentials) if fused else exponentials
+    return fusion.fused(exponentials) if fused else exponentials
 
 
 def _chunks(total: int, vocabulary: int, backend: Backend) -> list[tuple[int, int, mx.Stream]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_tuner.engine import fusion
 from mlx_tuner.engine.lanes import side_by_side
 
 
@@ -24,8 +26,8 @@ def swiglu(gate: mx.array, up: mx.array, *, fused: bool = False) -> mx.array:
 
 @cache
 def _swiglu_of(fused: bool) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    compiled = partial(mx.compile, shapeless=True) if fused else _as_it_is
-    forward, backward = compiled(_forward), compiled(_backward)
+    of = fusion.fused if fused else _as_it_is
+    forward, backward = of(_forward), of(_backward)
 
     @mx.custom_function
     def both(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
@@ -51,7 +53,7 @@ def _swiglu_of(fused: bool) -> Callable[[mx.array, mx.array], tuple[mx.array, mx
     return both
 
 
-def _as_it_is(function: Callable) -> Callable:
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 

@@ -1,0 +1,167 @@
+"""Our steps against those of transformers' Trainer with PEFT, on real weights in fp32.
+
+    python benchmarks/truth.py --model FOLDER     # 8 steps of 4 CodeAlpaca rows
+
+Both begin with the adapter that PEFT initialises and see the same tokens. What is shown are the
+largest relative differences of a step's loss and gradient norm; and of the first step's, which is
+computed in float64 as well, those to the truth. Needs torch, transformers, peft and accelerate.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import child, options, preload_openblas, report, save, table
+from training import LEARNING_RATE, RANK, SCALE, TARGETS, load_rows
+
+STEPS, ROWS = 8, 4
+
+
+def main() -> None:
+    preload_openblas()
+    parser = options(__doc__)
+    parser.add_argument("--model", required=True, help="folder of a Qwen2 model")
+    parser.add_argument("--one", choices=["peft", "float64", "ours"], help="run one, here")
+    parser.add_argument("--folder", help="where the children keep the adapter")
+    args = parser.parse_args()
+    if args.one:
+        steps = {"peft": trainer_and_peft, "float64": in_float64, "ours": ours}[args.one](args)
+        report(**{f"{key}_{i}": step[key] for i, step in enumerate(steps) for key in step})
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            name: child("--one", name, "--model", args.model, "--folder", folder)()
+            for name in ("peft", "float64", "ours")
+        }
+    runs = {
+        "ours against PEFT": [differences(found["ours"], found["peft"], STEPS)],
+        "ours against float64": [differences(found["ours"], found["float64"], 1)],
+        "PEFT against float64": [differences(found["peft"], found["float64"], 1)],
+    }
+    print(table(runs))
+    settings = {"model": Path(args.model).name, "steps": STEPS, "rows": ROWS}
+    print(save(args.name or "truth", runs, settings=settings))
+
+
+def differences(one: Any, other: Any, steps: int) -> dict[str, float]:
+    """The largest relative differences of the first steps."""
+    return {
+        key: max(abs(one[f"{key}_{i}"] / other[f"{key}_{i}"] - 1) for i in range(steps))
+        for key in ("loss", "grad_norm")
+    }
+
+
+def batches() -> list[list[Any]]:
+    rows = load_rows(STEPS * ROWS)
+    return [rows[i : i + ROWS] for i in range(0, len(rows), ROWS)]
+
+
+def peft_model(args: Any, dtype: Any) -> Any:
+    """The model with the adapter that is kept in the folder, which the first call makes."""
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    start = Path(args.folder) / "start"
+    if start.exists():
+        return peft.PeftModel.from_pretrained(model, start, is_trainable=True)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=SCALE * RANK, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros would leave the A matrices without a gradient
+            torch.nn.init.normal_(parameter, std=0.01)
+    model.save_pretrained(start)
+    return model
+
+
+def trainer_and_peft(args: Any) -> list[dict[str, float]]:
+    """Loss and gradient norm of each step of transformers' Trainer."""
+    import torch
+    import transformers
+
+    model = peft_model(args, torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(Path(args.folder) / "out"),
+            per_device_train_batch_size=ROWS,
+            max_steps=STEPS,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=[padded(row, None) for batch in batches() for row in batch],
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    return [{"loss": log["loss"], "grad_norm": log["grad_norm"]} for log in logs]
+
+
+def padded(row: Any, length: int | None) -> dict[str, list[int]]:
+    """A row as transformers' models take it, with labels where there is loss."""
+    more = 0 if length is None else length - len(row.tokens)
+    labels = [t if m else -100 for t, m in zip(row.tokens.tolist(), row.loss_mask, strict=True)]
+    return {
+        "input_ids": row.tokens.tolist() + [0] * more,
+        "attention_mask": [1] * len(row.tokens) + [0] * more,
+        "labels": labels + [-100] * more,
+    }
+
+
+def in_float64(args: Any) -> list[dict[str, float]]:
+    """Loss and gradient norm of the first step, one row at a time."""
+    import torch
+
+    model = peft_model(args, torch.float64)
+    batch = batches()[0]
+    targets = sum(int(row.loss_mask.sum()) for row in batch)
+    total = 0.0
+    for row in batch:
+        inputs = {key: torch.tensor([value]) for key, value in padded(row, None).items()}
+        labels = inputs.pop("labels")[0, 1:]
+        logits = model(**inputs).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
+        loss.backward()
+        total += loss.item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients)).item()
+    return [{"loss": total, "grad_norm": norm}]
+
+
+def ours(args: Any) -> list[dict[str, float]]:
+    """Loss and gradient norm of each of our steps."""
+    import mlx.core as mx
+
+    from mlx_tuner.engine.trainer import Trainer, train
+    from mlx_tuner.models import adapter, model, peft_format
+
+    loaded = model.load(Path(args.model)).model
+    loaded.set_dtype(mx.float32)
+    adapter.apply(loaded, peft_format.read_peft(Path(args.folder) / "start"))
+    trainer = Trainer(loaded, micro_batch_tokens=2048)
+    results = train(trainer, batches(), [LEARNING_RATE] * STEPS)
+    return [{"loss": result.loss, "grad_norm": result.grad_norm} for result in results]
+
+
+if __name__ == "__main__":
+    main()
