@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_tuner.bench.model import config_of
+from mlx_tuner.bench.model import rows as bench_rows
+from mlx_tuner.data.order import Permutation
 from mlx_tuner.engine import batching, flops, forward, lora, sums
+from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.forward import Layout, prefix_states
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model
@@ -193,3 +198,24 @@ def test_a_step_of_the_1_5b_shape_costs_what_was_measured_by_hand(shared: Path) 
     counted = flops.step_flops(flops.Shape.from_config(config), step, adapters)
     # 517 GFLOP a row, counted as 4 x parameters a token; rows of one length differ a little.
     assert counted.total / 8 == pytest.approx(517e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(100, 3), (1000, 1)])
+def test_a_gpus_tiles_add_a_twentieth_and_its_groups_nothing(rows: int, epochs: int) -> None:
+    """The recorded job on the 1.5B shape, and ten times its rows, 8 a step."""
+    shape = flops.Shape.from_config(config_of("qwen2.5-1.5B"))
+    adapters = flops.Adapters(16, ("q_proj", "k_proj", "v_proj", "o_proj"), shape.layers)
+    given = bench_rows(rows, shape.vocabulary)
+
+    def job(backend: Backend) -> int:
+        total = 0
+        for epoch, first in product(range(epochs), range(0, rows, 8)):
+            at = Permutation(42, epoch, rows).slice(first, min(first + 8, rows))
+            step = batching.make_micro_batches([given[i] for i in at], 4096, backend=backend)
+            total += flops.step_flops(shape, step, adapters).total
+        return total
+
+    exact, laid_out = job(CPU), job(GPU)
+    assert exact < laid_out < 1.06 * exact
+    # Beyond the tiles of the matrix products, which the hardware computes anyway:
+    assert laid_out < 1.01 * job(replace(GPU, attention_tile=1))
