@@ -1,11 +1,29 @@
-"""How much memory a training step takes, estimated from shapes before anything is loaded."""
+"""How much memory a training step takes, from shapes alone, before anything is loaded.
+
+Of a block a micro-batch keeps until its backward pass, for N tokens, S slots and A attention scores
+a head (`batching.Sizes`), with D hidden size, H and K the widths of all heads' queries and keys, h
+heads, F intermediate size, in the dtype of the weights:
+
+    N · D       the input, and the one after attention
+    N · D       the normed input, where its adapters read it; the same before the MLP
+    S · (H+2K)  queries, keys and values in slots, rotated
+    S · H       attention's outputs, where its backward pass is fused; N · H where o_proj reads them
+    A · h       attention's probabilities, where it is not
+    N · 2F      both branches of the MLP; N · F more where down_proj reads their product
+
+and in fp32 without fused kernels N · F for the sigmoid. With checkpointing it keeps N · D a block, and
+one block at a time is whole. On top comes the larger of what the head holds of a chunk of logits and
+what one block's backward pass works with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-CHUNK_BYTES = 64 * 2**20
+from mlx_tuner.engine.backend import CPU, Backend
+from mlx_tuner.engine.batching import SLOTS_PER_TOKEN, Sizes
 
 SMALLEST, LARGEST = 512, 16_384
 """Bounds of an automatic ``micro_batch_tokens``: fewer starve the GPU, more gain nothing."""
@@ -14,48 +32,123 @@ HEADROOM = 0.85
 """Part of the budget that an estimate may fill; the rest is for what it leaves out."""
 
 
-def activation_bytes(
-    config: Mapping[str, Any], itemsize: int, *, row_tokens: int, checkpointing: bool
-) -> int:
-    """Bytes that one flat token keeps for the backward pass, in all blocks together.
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a step, as a function of the sizes of its largest micro-batch."""
 
-    A block keeps its input and the normed inputs of attention and MLP, queries, keys and values
-    flat, in slots and rotated, attention's probabilities over ``row_tokens`` keys, and both
-    branches of the MLP, in fp32 also the gate's sigmoid (`forward.swiglu`). With checkpointing it
-    keeps its input alone, and one block at a time is whole.
+    fixed: int
+    """Weights, and the adapter with gradient and moments."""
+    token: float
+    """What a flat token keeps, and what the backward pass of a block works with."""
+    slot: float
+    score: float
+    target: float
+    """Of a target's logits, and …"""
+    chunk: int
+    """… of a chunk's at most."""
+    keys_per_token: int | None = None
+    """`Backend.keys_per_token`."""
+
+    def peak(self, sizes: Sizes) -> int:
+        """Bytes of a step whose largest micro-batch has these sizes."""
+        activations = (
+            self.token * sizes.tokens + self.slot * sizes.slots + self.score * sizes.scores
+        )
+        return self.fixed + int(activations + min(self.target * sizes.targets, self.chunk))
+
+    def most(self, micro_batch_tokens: int, longest_row: int) -> Sizes:
+        """The largest sizes of a micro-batch, for rows of at most ``longest_row`` tokens."""
+        tokens = max(micro_batch_tokens, longest_row)
+        slots = max(int(SLOTS_PER_TOKEN * micro_batch_tokens), longest_row)
+        scores = slots * longest_row
+        if self.keys_per_token:
+            scores = min(scores, max(self.keys_per_token * micro_batch_tokens, longest_row**2))
+        return Sizes(tokens, slots, scores, tokens)
+
+    def micro_batch_tokens(self, budget: int, longest_row: int) -> int:
+        """The most flat tokens that fit into ``budget`` bytes, within `SMALLEST` and `LARGEST`."""
+        return max(
+            SMALLEST,
+            _last(LARGEST, lambda n: self.peak(self.most(n, longest_row)) <= HEADROOM * budget),
+        )
+
+    def longest_row(self, budget: int) -> int:
+        """Tokens of the longest row that fits into ``budget`` bytes alone."""
+        return _last(2**24, lambda n: self.peak(Sizes(n, n, n * n, n)) <= HEADROOM * budget)
+
+    def measured(self, sizes: Sizes, peak: int) -> StepMemory:
+        """The same, scaled to what a step of these sizes was measured to take."""
+        scale = max(0, peak - self.fixed) / max(1, self.peak(sizes) - self.fixed)
+        return replace(
+            self,
+            token=scale * self.token,
+            slot=scale * self.slot,
+            score=scale * self.score,
+            target=scale * self.target,
+            chunk=int(scale * self.chunk),
+        )
+
+
+def _last(most: int, fits: Any) -> int:
+    """The largest number up to ``most`` that fits, where all smaller ones fit; or 0."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def step_memory(
+    config: Mapping[str, Any],
+    itemsize: int,
+    *,
+    weights: int,
+    trainable_parameters: int,
+    target_modules: Collection[str],
+    checkpointing: bool = False,
+    backend: Backend = CPU,
+) -> StepMemory:
+    """What a step of a model takes.
+
+    Args:
+        config: the model's ``config.json``.
+        itemsize: bytes of a number of the weights' dtype.
+        weights: bytes of all weights, the adapter's included.
+        target_modules: last segments of the names of adapted modules.
     """
     text = config.get("text_config", config)
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
     size = text.get("head_dim") or hidden // heads
-    keys_values = 2 * text.get("num_key_value_heads", heads) * size
+    queries, keys = heads * size, text.get("num_key_value_heads", heads) * size
     inner = text.get("intermediate_size", 0)
     if experts := text.get("num_experts_per_tok"):
         inner = experts * text["moe_intermediate_size"]
         inner += text.get("shared_expert_intermediate_size", 0)
-    attention = 4 * (heads * size + keys_values) + heads * row_tokens
-    block = 6 * hidden + attention + (3 if itemsize == 4 else 2) * inner
+    adapted = set(target_modules)
+    sigmoid = itemsize == 4 and not backend.fused
+    token = (
+        hidden * (2 + bool(adapted & {"q_proj", "k_proj", "v_proj"}))
+        + hidden * bool(adapted & {"gate_proj", "up_proj"})
+        + queries * ("o_proj" in adapted)
+        + inner * (2 + sigmoid + ("down_proj" in adapted))
+    )
+    slot = queries + 2 * keys + queries * (not backend.keeps_scores)
+    score = heads * backend.keeps_scores
     blocks = text["num_hidden_layers"]
-    kept = blocks * hidden + block if checkpointing else blocks * block
-    return itemsize * kept
-
-
-def step_bytes(
-    weights: int, trainable_parameters: int, micro_batch_tokens: int, token_bytes: int
-) -> int:
-    """Peak bytes of a step: weights, the adapter with gradient and moments, activations, logits.
-
-    Args:
-        weights: bytes of the frozen weights.
-        micro_batch_tokens: flat tokens of the largest micro-batch.
-        token_bytes: `activation_bytes` of a token.
-    """
-    adapter = 4 * 6 * trainable_parameters  # parameters, gradient, moments; old and new at once
-    return weights + adapter + micro_batch_tokens * token_bytes + 5 * CHUNK_BYTES
-
-
-def auto_micro_batch_tokens(
-    budget: int, weights: int, trainable_parameters: int, token_bytes: int
-) -> int:
-    """The most flat tokens that fit into ``budget`` bytes, within `SMALLEST` and `LARGEST`."""
-    room = HEADROOM * budget - step_bytes(weights, trainable_parameters, 0, token_bytes)
-    return int(min(LARGEST, max(SMALLEST, room // token_bytes)))
+    # The backward pass of a block works with gradients of what it kept; one that is computed
+    # again has more of it at a time. The last block keeps what is at targets alone.
+    kept = 3 if checkpointing else blocks + 0.5
+    token_bytes = itemsize * (kept * token + (blocks * hidden if checkpointing else 0))
+    if itemsize < 4 and not backend.fused:
+        token_bytes += 4 * 5 * inner  # fp32 of swiglu's gradient, each operation's
+    vocabulary = text["vocab_size"]
+    return StepMemory(
+        # Of the adapter beside its weights: moments, gradient, and one more for the sum of both.
+        fixed=weights + 4 * 5 * trainable_parameters,
+        token=token_bytes,
+        slot=itemsize * kept * slot,
+        score=itemsize * kept * score,
+        target=4 * 3 * vocabulary,
+        chunk=3 * backend.chunk_bytes,
+        keys_per_token=backend.keys_per_token,
+    )
