@@ -19,6 +19,7 @@ from mlx_tuner.engine import lora, memory
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.dora import DoRALinear
+from mlx_tuner.engine.memory import StepMemory
 from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.adapter_folder import read_adapter
@@ -26,7 +27,6 @@ from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.model import Loaded, dtype_of
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import DataTable, Recipe
-from mlx_tuner.system import device
 
 HUB = "hub:"
 
@@ -205,36 +205,33 @@ def in_order(dataset: Dataset) -> Iterator[list[Example]]:
     yield from filter(None, prefetch(dataset, chunks))
 
 
+def step_memory(model: nn.Module, config: Any, *, checkpointing: bool = False) -> StepMemory:
+    """What a training step of a model with its adapter takes on this machine."""
+    return memory.step_memory(
+        config,
+        dtype_of(model).size,
+        weights=weight_bytes(model),
+        trainable_parameters=trainable_parameters(model),
+        target_modules={path.rpartition(".")[2] for path in lora.adapted_modules(model)},
+        checkpointing=checkpointing,
+        backend=backend(),
+    )
+
+
 def micro_batch_tokens(
-    recipe: Recipe, model: nn.Module, config: Any, longest_row: int, kept: int | None = None
+    recipe: Recipe, needs: StepMemory, budget: int, longest_row: int, kept: int | None = None
 ) -> int:
     """``train.micro_batch_tokens``, or what this machine's memory allows.
 
     Args:
+        budget: bytes that there are for everything.
         longest_row: tokens of the longest row, or more.
         kept: what the run had before it was resumed, which "auto" stays at.
     """
     table = recipe.train
     if table.micro_batch_tokens != "auto":
         return table.micro_batch_tokens
-    if kept is not None:
-        return kept
-    return memory.auto_micro_batch_tokens(
-        device.memory_budget(),
-        weight_bytes(model),
-        trainable_parameters(model),
-        token_bytes(recipe, model, config, longest_row),
-    )
-
-
-def token_bytes(recipe: Recipe, model: nn.Module, config: Any, longest_row: int) -> int:
-    """Bytes that one token of a forward pass keeps."""
-    return memory.activation_bytes(
-        config,
-        dtype_of(model).size,
-        row_tokens=longest_row,
-        checkpointing=recipe.train.gradient_checkpointing,
-    )
+    return kept or needs.micro_batch_tokens(budget, longest_row)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -10,12 +10,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine import memory
+from mlx_tuner.engine.batching import MIN_SHARED_PREFIX, Sizes, sizes_of
+from mlx_tuner.engine.memory import StepMemory
+from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models import model as models
+from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.run import SUMMARY, read_summary
 from mlx_tuner.show import story
@@ -27,6 +32,8 @@ _FLOPS_A_PARAMETER = 4
 """For each token: forward and backward without gradients of the frozen weights."""
 _EFFICIENCY = 0.5
 """Of a chip's peak, that a run is taken to reach where nothing was measured."""
+_LARGEST = 16
+"""Steps of the most tokens, and as many of the longest rows, that are laid out to compare."""
 _CHECKPOINTS = 4
 """On the disk at once; each holds the adapter and its two moments."""
 
@@ -78,19 +85,9 @@ def memory_of(recipe: Recipe, model: nn.Module, config: dict[str, Any], rows: Da
     budget = device.memory_budget()
 
     def parts(recipe: Recipe, longest: int) -> dict[str, int]:
-        a_token = assembly.token_bytes(recipe, model, config, longest)
-        cap = assembly.micro_batch_tokens(recipe, model, config, longest)
-        tokens = max(min(cap, _largest_step(recipe, rows)), longest)
-        trainable = assembly.trainable_parameters(model)
-        weights = assembly.weight_bytes(model)
-        fixed = memory.step_bytes(weights, trainable, 0, 0)
-        logits = memory.step_bytes(0, 0, 0, 0)
-        return {
-            "weights": weights,
-            "adapter and moments": fixed - weights - logits,
-            "activations": tokens * a_token,
-            "logits": logits,
-        }
+        step = step_memory(recipe, model, config)
+        tokens = assembly.micro_batch_tokens(recipe, step, budget, longest)
+        return step.parts(largest_step(recipe, rows, step, tokens, longest)[1])
 
     def changed(longest: int, **train: Any) -> int:
         table = recipe.train.model_copy(update=train)
@@ -118,11 +115,56 @@ def memory_of(recipe: Recipe, model: nn.Module, config: dict[str, Any], rows: Da
     return Memory(parts(recipe, rows.survey.longest), budget, next(advice, otherwise))
 
 
-def _largest_step(recipe: Recipe, rows: Dataset) -> int:
-    """Tokens of the longest rows that could meet in a step."""
-    lengths = rows.survey.tokens[rows.survey.usable]
-    lengths.sort()
-    return int(lengths[-recipe.train.batch_size :].sum())
+def step_memory(recipe: Recipe, model: nn.Module, config: dict[str, Any]) -> StepMemory:
+    """A step's bytes as the recipe trains, for any sizes of its micro-batches."""
+    return assembly.step_memory(model, config, checkpointing=recipe.train.gradient_checkpointing)
+
+
+def largest_step(
+    recipe: Recipe, rows: Dataset, step: StepMemory, micro_batch_tokens: int, longest: int
+) -> tuple[list[int], Sizes]:
+    """Positions of the rows of the surveyed step that takes most, and its largest micro-batch.
+
+    Args:
+        longest: tokens that rows are cut to.
+    """
+    lengths = np.minimum(rows.survey.tokens[rows.survey.usable], longest)
+    prefix = 0 if recipe.lora.dropout else min(len(rows.survey.prefix), int(lengths.min()) - 1)
+    prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
+    count = schedule.steps_per_epoch(len(lengths), recipe.train.batch_size)
+    steps = [list(each) for each in assembly.row_order(recipe, len(lengths), 0, count)]
+    # Only those of the most tokens and those of the longest rows are worth laying out.
+    candidates = {
+        i
+        for measure in (np.sum, np.max)
+        for i in np.argsort([-int(measure(lengths[each])) for each in steps])[:_LARGEST].tolist()
+    }
+    backend = assembly.backend()
+    found = [
+        (step.peak(sizes), i, sizes)
+        for i in candidates
+        for sizes in sizes_of(lengths[steps[i]].tolist(), prefix, micro_batch_tokens, backend)
+    ]
+    _, i, sizes = max(found)
+    return steps[i], sizes
+
+
+def rehearse(
+    recipe: Recipe, trainer: Trainer, rows: Dataset, step: StepMemory, budget: int
+) -> None:
+    """Run the largest step once, so that memory fails here, and hold the estimate to its peak.
+
+    Where "auto" then promises more than there is, micro-batches are halved.
+    """
+    longest = rows.survey.longest
+    positions, sizes = largest_step(recipe, rows, step, trainer.micro_batch_tokens, longest)
+    step = step.measured(sizes, trainer.rehearse(rows.examples(positions)))
+    while (
+        recipe.train.micro_batch_tokens == "auto"
+        and trainer.micro_batch_tokens > memory.SMALLEST
+        and step.peak(step.most(trainer.micro_batch_tokens, longest)) > budget
+    ):
+        trainer.micro_batch_tokens = max(memory.SMALLEST, trainer.micro_batch_tokens // 2)
 
 
 def disk_bytes(trainable_parameters: int) -> int:

@@ -7,7 +7,6 @@ import io
 from pathlib import Path
 
 from mlx_tuner import assembly, needs, snapshot
-from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model as models
 from mlx_tuner.models.base import fingerprint
@@ -58,20 +57,21 @@ def finetune(
         same = identity(recipe, data, folder)
         if kept:
             same.check(kept.state.get("identity"), recipe.name, allow_change=allow_change)
+        config = models.read_config(folder)
+        memory = needs.memory_of(recipe, needs.skeleton(recipe, config), config, data.train)
         if not force:
-            config = models.read_config(folder)
-            model = needs.skeleton(recipe, config)
-            needs.memory_of(recipe, model, config, data.train).require(recipe.name)
+            memory.require(recipe.name)
         with display.task("loading the model"):
             loaded = models.load(folder)
             assembly.attach_adapter(loaded.model, recipe, kept.path if kept else None)
 
+        step = needs.step_memory(recipe, loaded.model, loaded.config)
         trainer = Trainer(
             loaded.model,
             micro_batch_tokens=assembly.micro_batch_tokens(
                 recipe,
-                loaded.model,
-                loaded.config,
+                step,
+                memory.budget,
                 data.train.survey.longest,
                 kept.state["micro_batch_tokens"] if kept else None,
             ),
@@ -84,9 +84,8 @@ def finetune(
             backend=assembly.backend(),
         )
         with device.limits():
-            if assembly.on_gpu():
-                pulse.started(trainer.micro_batch_tokens)
-                rehearse(trainer, data.train, recipe.train.batch_size)
+            pulse.started(trainer.micro_batch_tokens)
+            needs.rehearse(recipe, trainer, data.train, step, memory.budget)
             run.require_space(snapshot.checkpoint_bytes(trainer))
             asked = assembly.sample_prompts(recipe, loaded)
             session = Session(
@@ -110,8 +109,3 @@ def identity(recipe: Recipe, data: assembly.Data, folder: Path) -> Identity:
     first = next(iter(assembly.row_order(recipe, len(data.train), 0, 1)))
     rows["order"] = hashlib.sha256(str(list(first)).encode()).hexdigest()
     return Identity(recipe.plain_tables(), rows, fingerprint(folder))
-
-
-def rehearse(trainer: Trainer, dataset: Dataset, batch_size: int) -> None:
-    """Run the largest micro-batch that the data can give once, so that memory fails here."""
-    trainer.rehearse(dataset.examples(dataset.longest_positions[:batch_size].tolist()))

@@ -98,12 +98,8 @@ class Work:
 
     def trainer(self, model: nn.Module) -> Trainer:
         """Ours, on a model with adapters, with the micro-batches that a run would take here."""
-        tokens = memory.auto_micro_batch_tokens(
-            device.memory_budget(),
-            assembly.weight_bytes(model),
-            assembly.trainable_parameters(model),
-            self._token_bytes(model),
-        )
+        needs = assembly.step_memory(model, self.config)
+        tokens = needs.micro_batch_tokens(device.memory_budget(), self._longest_row)
         return Trainer(model, micro_batch_tokens=tokens, backend=assembly.backend())
 
     @cached_property
@@ -115,12 +111,8 @@ class Work:
 
     def step_bytes(self, model: nn.Module, micro_batch_tokens: int) -> int:
         """Estimated peak memory of a step, the model included."""
-        return memory.step_bytes(
-            assembly.weight_bytes(model),
-            assembly.trainable_parameters(model),
-            micro_batch_tokens,
-            self._token_bytes(model),
-        )
+        needs = assembly.step_memory(model, self.config)
+        return needs.peak(needs.most(micro_batch_tokens, self._longest_row))
 
     def fits(self) -> bool:
         """Whether this machine has the memory for it."""
@@ -169,12 +161,6 @@ class Work:
     @property
     def _longest_row(self) -> int:
         return max(len(row.tokens) for batch in self.batches for row in batch)
-
-    def _token_bytes(self, model: nn.Module) -> int:
-        itemsize = models.dtype_of(model).size
-        return memory.activation_bytes(
-            self.config, itemsize, row_tokens=self._longest_row, checkpointing=False
-        )
 
 
 def adapted(model: nn.Module) -> nn.Module:

@@ -156,15 +156,16 @@ def init(name: str, output: Path) -> None:
 
 @click.command()
 @recipe_options
+@click.option("--fit", is_flag=True, help="Only say what fits into this machine's memory.")
 @json_option
-def plan(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(recipe: Path, overrides: tuple[str, ...], fit: bool, as_json: bool) -> None:
     """What a run of RECIPE would do and need; loads no weights."""
     from mlx_tuner.recipe.tables import load_recipe
 
-    _plan(load_recipe(recipe, overrides), as_json)
+    _plan(load_recipe(recipe, overrides), as_json, fit)
 
 
-def _plan(recipe: Recipe, as_json: bool) -> None:
+def _plan(recipe: Recipe, as_json: bool, fit: bool = False) -> None:
     from mlx_tuner.commands.plan import plan
     from mlx_tuner.show.progress import Display
 
@@ -172,6 +173,10 @@ def _plan(recipe: Recipe, as_json: bool) -> None:
         planned = plan(recipe, display.task)
     if as_json:
         click.echo(json.dumps(asdict(planned), indent=2))
+        return
+    if fit:
+        click.echo(f"longest row  {planned.longest_row_that_fits:,} tokens")
+        click.echo(f"micro-batch  {planned.largest_micro_batch_tokens:,} tokens")
         return
     from mlx_tuner.commands.plan_report import report
 

@@ -154,11 +154,12 @@ def evaluate(
     overlap = None if training_rows is None else shared_rows(training_rows, rows)
     if overlap:
         display.note(f"{plural(overlap, 'row')} trained on as well, which flatters the fine-tune")
+    budget = device.memory_budget()
     with display.task("loading the model"):
         loaded = models.load(folder)
         adapter.apply(loaded.model, trained)
-    longest = rows.survey.longest
-    micro = assembly.micro_batch_tokens(recipe, loaded.model, loaded.config, longest)
+    needs = assembly.step_memory(loaded.model, loaded.config)
+    micro = assembly.micro_batch_tokens(recipe, needs, budget, rows.survey.longest)
     trainer = Trainer(loaded.model, micro_batch_tokens=micro, backend=assembly.backend())
     asked = questions(tokenizer, rows.examples(range(min(samples, len(rows)))))
     spoken = [[{"role": "user", "content": task.question}] for task in to_do]

@@ -44,6 +44,10 @@ class Plan:
     """Their sum."""
     budget_gb: float
     """What this machine can give."""
+    longest_row_that_fits: int
+    """Tokens of a row that it could train on."""
+    largest_micro_batch_tokens: int
+    """What "auto" takes for the rows as they are."""
     advice: str | None
     """The one setting to change where it does not fit."""
     seconds: float | None
@@ -74,6 +78,7 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
     model = needs.skeleton(recipe, config)
     rows, surveyed = len(data.train), data.train.survey
     memory = needs.memory_of(recipe, model, config, data.train)
+    step = needs.step_memory(recipe, model, config)
     trainable = assembly.trainable_parameters(model)
     total = models.parameter_count(model)
     epoch = schedule.steps_per_epoch(rows, recipe.train.batch_size)
@@ -95,12 +100,16 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
         total_parameters=total,
         steps=len(rates),
         steps_per_epoch=epoch,
-        micro_batch_tokens=assembly.micro_batch_tokens(recipe, model, config, surveyed.longest),
+        micro_batch_tokens=assembly.micro_batch_tokens(
+            recipe, step, memory.budget, surveyed.longest
+        ),
         shared_prefix=len(surveyed.prefix),
         padding_avoided=padding(recipe, data.train),
         memory_gb={part: size / 1e9 for part, size in memory.parts.items()},
         peak_memory_gb=memory.peak / 1e9,
         budget_gb=memory.budget / 1e9,
+        longest_row_that_fits=step.longest_row(memory.budget),
+        largest_micro_batch_tokens=step.micro_batch_tokens(memory.budget, surveyed.longest),
         advice=None if memory.fits else memory.advice,
         seconds=seconds,
         seconds_by=by,

@@ -214,6 +214,20 @@ def partition(
         first += low
 
 
+def sizes_of(
+    lengths: Sequence[int], prefix: int, micro_batch_tokens: int, backend: Backend = CPU
+) -> list[Sizes]:
+    """Sizes of the micro-batches of rows of so many tokens, each of which may be a target."""
+    own = sorted((length - prefix for length in lengths), reverse=True)
+    found, first = [], 0
+    for groups in partition(own, prefix, micro_batch_tokens, backend):
+        count = sum(rows for rows, _ in groups)
+        tokens = backend.rounded_up(prefix + sum(own[first : first + count]))
+        found.append(_sizes(tokens, groups, prefix, 0, tokens))
+        first += count
+    return found
+
+
 def _sizes(tokens: int, groups: Groups, prefix: int, past: int, targets: int) -> Sizes:
     """Sizes of a micro-batch of so many flat tokens, which attends to ``past`` others as well."""
     attended = prefix + past

@@ -11,9 +11,9 @@ heads, F intermediate size, in the dtype of the weights:
     A · h       attention's probabilities, where it is not
     N · 2F      both branches of the MLP; N · F more where down_proj reads their product
 
-and in fp32 without fused kernels N · F for the sigmoid. With checkpointing it keeps N · D a block, and
-one block at a time is whole. On top comes the larger of what the head holds of a chunk of logits and
-what one block's backward pass works with.
+and in fp32 without fused kernels N · F for the sigmoid. With checkpointing it keeps N · D a block,
+and one block at a time is whole. On top comes what the head holds of a chunk of logits. The factors
+are fitted to measured peaks; a run's rehearsal holds the estimate to its own.
 """
 
 from __future__ import annotations
@@ -36,12 +36,19 @@ HEADROOM = 0.85
 class StepMemory:
     """Bytes of a step, as a function of the sizes of its largest micro-batch."""
 
-    fixed: int
-    """Weights, and the adapter with gradient and moments."""
+    weights: int
+    adapter: int
+    """Its gradient and moments."""
     token: float
-    """What a flat token keeps, and what the backward pass of a block works with."""
+    """What a block keeps of a flat token; of a slot; of an attention score."""
     slot: float
     score: float
+    kept: float
+    """Blocks that are kept …"""
+    work: float
+    """… and what the backward pass of one that is computed again works with, in blocks."""
+    carried: float
+    """Of a token, kept of blocks that are computed again."""
     target: float
     """Of a target's logits, and …"""
     chunk: int
@@ -51,10 +58,24 @@ class StepMemory:
 
     def peak(self, sizes: Sizes) -> int:
         """Bytes of a step whose largest micro-batch has these sizes."""
-        activations = (
-            self.token * sizes.tokens + self.slot * sizes.slots + self.score * sizes.scores
-        )
-        return self.fixed + int(activations + min(self.target * sizes.targets, self.chunk))
+        return sum(self.parts(sizes).values())
+
+    def parts(self, sizes: Sizes) -> dict[str, int]:
+        """The same by what the bytes are for."""
+        block = self.token * sizes.tokens + self.slot * sizes.slots + self.score * sizes.scores
+        head = min(self.target * sizes.targets, self.chunk)
+        kept = self.carried * sizes.tokens + self.kept * block
+        return {
+            "weights": self.weights,
+            "adapter and moments": self.adapter,
+            "activations": int(kept + max(self.work * block - head, 0)),
+            "logits": int(head),
+        }
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not depend on the micro-batch."""
+        return self.weights + self.adapter
 
     def most(self, micro_batch_tokens: int, longest_row: int) -> Sizes:
         """The largest sizes of a micro-batch, for rows of at most ``longest_row`` tokens."""
@@ -84,6 +105,7 @@ class StepMemory:
             token=scale * self.token,
             slot=scale * self.slot,
             score=scale * self.score,
+            carried=scale * self.carried,
             target=scale * self.target,
             chunk=int(scale * self.chunk),
         )
@@ -134,21 +156,25 @@ def step_memory(
     )
     slot = queries + 2 * keys + queries * (not backend.keeps_scores)
     score = heads * backend.keeps_scores
+    if every := text.get("full_attention_interval"):  # the other blocks are Gated DeltaNet
+        slot, score = slot / every, score / every
+        channels = 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
+        values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+        token += (1 - 1 / every) * (channels + 4 * values)
     blocks = text["num_hidden_layers"]
-    # The backward pass of a block works with gradients of what it kept; one that is computed
-    # again has more of it at a time. The last block keeps what is at targets alone.
-    kept = 3 if checkpointing else blocks + 0.5
-    token_bytes = itemsize * (kept * token + (blocks * hidden if checkpointing else 0))
-    if itemsize < 4 and not backend.fused:
-        token_bytes += 4 * 5 * inner  # fp32 of swiglu's gradient, each operation's
-    vocabulary = text["vocab_size"]
     return StepMemory(
-        # Of the adapter beside its weights: moments, gradient, and one more for the sum of both.
-        fixed=weights + 4 * 5 * trainable_parameters,
-        token=token_bytes,
-        slot=itemsize * kept * slot,
-        score=itemsize * kept * score,
-        target=4 * 3 * vocabulary,
-        chunk=3 * backend.chunk_bytes,
+        weights=weights,
+        # Moments, the gradient, the micro-batches' sum, and the factors cut out of one vector.
+        adapter=4 * 5 * trainable_parameters,
+        token=itemsize * token,
+        slot=itemsize * slot,
+        score=itemsize * score,
+        # The last block keeps what is at targets alone; the backward pass begins beside what the
+        # head leaves. A block that is computed again has all of its gradients at a time.
+        kept=0 if checkpointing else blocks - 0.1,
+        work=2.6 if checkpointing else 0,
+        carried=itemsize * blocks * hidden if checkpointing else 0,
+        target=4 * 4 * text["vocab_size"],
+        chunk=4 * backend.chunk_bytes,
         keys_per_token=backend.keys_per_token,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -129,11 +129,15 @@ class Trainer:
         self.state = optimizer.choose(finite, new, self.state)
         return Scalars(loss, norm, finite)
 
-    def rehearse(self, rows: Sequence[Example]) -> None:
-        """Run a step's largest micro-batch and drop the result: out of memory now or never."""
-        step = self.make_micro_batches(rows)
-        largest = replace(step, micro_batches=step.micro_batches[:1])
-        mx.eval(self.sum_of_micro_batches(largest, 0))
+    def rehearse(self, rows: Sequence[Example]) -> int:
+        """Run a step and drop the result: out of memory now or never.
+
+        Returns:
+            The peak of memory, bytes.
+        """
+        mx.reset_peak_memory()
+        mx.eval(self.sum_of_micro_batches(self.make_micro_batches(rows), 0))
+        return mx.get_peak_memory()
 
     def sum_of_micro_batches(self, step: Step, number: int) -> tuple[mx.array, mx.array]:
         """Sums, over the step's target tokens, of the loss and of its gradient (a vector)."""
