@@ -286,7 +286,7 @@ def mutated_rows(rng: random.Random, text: str) -> bytes:
         spoil = mutated_json if rng.random() < 0.7 else None
         try:
             lines[at] = spoil(rng, lines[at].decode()) if spoil else mutated_bytes(rng, lines[at])
-        except ValueError:  # spoiled before
+        except (ValueError, RecursionError):  # spoiled before
             lines[at] = mutated_bytes(rng, lines[at])
     return b"\n".join(lines) + b"\n"
 

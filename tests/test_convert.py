@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from model_folders import BUILTIN, CONFIGS, write_model
 from mlx_tuner.cli import main
 from mlx_tuner.conversion import convert as convert_module
 from mlx_tuner.conversion.convert import PROMPT, compare_logits, convert
+from mlx_tuner.conversion.logits import load_in_float32, logits_of
 from mlx_tuner.errors import ModelError, RunError, UsageError
 from mlx_tuner.models import weights
 from mlx_tuner.models.model_files import check_model_folder
@@ -219,10 +221,49 @@ def test_a_result_beyond_its_expected_error_is_refused_and_not_kept(
 
 def test_a_result_that_cannot_be_compared_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        convert_module, "_logits", lambda folder, tokens: np.full((len(tokens), 2048), np.nan)
+        convert_module, "logits_of", lambda load, tokens, at: np.full((len(at), 2048), np.nan)
     )
     with pytest.raises(ModelError, match="nan standard deviations"):
         run(source, tmp_path / "out")
+
+
+def test_each_block_is_let_go_of_once_it_has_computed(source):
+    """So that a model of any size needs the memory of one block."""
+
+    def load():
+        model = load_in_float32(source)
+        seen.extend(weakref.ref(block) for block in model.layers)
+        return model
+
+    seen: list = []
+    norm = nn.RMSNorm.__call__
+    freed_at_the_end = []
+
+    def watched(self, x):
+        freed_at_the_end[:] = [ref() is None for ref in seen]
+        return norm(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.RMSNorm, "__call__", watched)
+        logits_of(load, np.array([[5, 300, 17]]), np.arange(3))
+    # The last norm comes after all blocks: none of them is there any more.
+    assert freed_at_the_end == [True, True, True]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_of_another_layer_are_beyond_what_rounding_explains(
+    source, tmp_path, monkeypatch, bits
+):
+    compute = convert_module._Work.compute
+    names = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(3) for kind in ("up", "gate")]
+
+    def swapped(work, name):
+        value = compute(work, name)
+        return value[::-1] if name.startswith(tuple(names)) else value
+
+    monkeypatch.setattr(convert_module._Work, "compute", swapped)
+    with pytest.raises(ModelError, match=f"where {bits} bits in groups of 64 explains"):
+        run(source, tmp_path / "out", bits=bits)
 
 
 def test_comparing_a_model_with_another_one_shows(source, tmp_path):

@@ -7,6 +7,7 @@ pass through memory a tensor at a time, and the result's logits are compared wit
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_tuner import __version__
+from mlx_tuner.conversion.logits import load_in_float32, logits_of, mean_loss
 from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
 from mlx_tuner.models.folder import (
     CODE_KEYS,
@@ -312,7 +314,11 @@ def _card(made: Conversion) -> str:
 
 def compare_logits(source: Path, result: Path, tokens: list[int]) -> Check:
     """Compare two checked folders of a model; each passes through memory a layer at a time."""
-    expected, found = _logits(source, tokens), _logits(result, tokens)
+    batch, every = np.array([tokens]), np.arange(len(tokens))
+    expected, found = (
+        logits_of(lambda folder=folder: load_in_float32(folder), batch, every)  # type: ignore[misc]
+        for folder in (source, result)
+    )
     error = np.abs(found - expected)
     spread = float(np.sqrt(expected.var(axis=-1).mean()))
     rms = float(np.sqrt(np.mean(np.square(error))))
@@ -320,64 +326,6 @@ def compare_logits(source: Path, result: Path, tokens: list[int]) -> Check:
         max_error=float(error.max()),
         mean_error=float(error.mean()),
         relative_error=rms / spread if rms else 0.0,
-        source_perplexity=_perplexity(expected, tokens),
-        perplexity=_perplexity(found, tokens),
+        source_perplexity=math.exp(mean_loss(expected[:-1], batch[0, 1:])),
+        perplexity=math.exp(mean_loss(found[:-1], batch[0, 1:])),
     )
-
-
-def _logits(folder: Path, tokens: list[int]) -> np.ndarray:
-    """Logits (tokens, vocabulary) in float32, whatever the weights are."""
-    model = load_in_float32(folder)
-    for_one_pass(model)
-    logits = model(mx.array([tokens]))[0]
-    del model  # so that each of the remaining weights is freed as soon as the graph is past it
-    return np.array(logits)
-
-
-class _OnePass:
-    """A block that lets go of its weights once it has computed with them."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._block: nn.Module | None = block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    def __call__(self, *inputs: Any, **options: Any) -> mx.array:
-        assert self._block is not None, "a second pass"
-        output = self._block(*inputs, **options)
-        mx.eval(output)
-        self._block = None
-        return output
-
-
-def for_one_pass(model: nn.Module) -> None:
-    """Let a lazily loaded model need the memory of one block at a time, in its only pass."""
-    for _, module in model.named_modules():
-        if "layers" in module:
-            module.layers = [_OnePass(block) for block in module.layers]
-
-
-def load_in_float32(folder: Path) -> nn.Module:
-    """The model of a checked folder, dense and in float32, whose weights are not read yet."""
-    return in_float32(mlx_lm_utils.load_model(folder, lazy=True)[0])
-
-
-def in_float32(model: nn.Module) -> nn.Module:
-    """The same model, dense and in float32; nothing is computed yet."""
-    model.update(
-        tree_map(
-            lambda v: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v,
-            model.parameters(),
-        )
-    )
-    return mlx_lm_utils.dequantize_model(model)
-
-
-def _perplexity(logits: np.ndarray, tokens: list[int]) -> float:
-    """exp of the mean negative log-likelihood of each token after the first."""
-    scores = logits[:-1].astype(np.float64)
-    highest = scores.max(axis=-1)
-    normaliser = highest + np.log(np.exp(scores - highest[:, None]).sum(axis=-1))
-    chosen = scores[np.arange(len(scores)), tokens[1:]]
-    return float(np.exp(np.mean(normaliser - chosen)))

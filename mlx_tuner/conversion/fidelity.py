@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_tuner.conversion.convert import in_float32, load_in_float32
-from mlx_tuner.engine.forward import head_of
+from mlx_tuner.conversion.logits import in_float32, load_in_float32, logits_of, mean_loss
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.adapter import Adapter, apply
 from mlx_tuner.models.model import load_tokenizer
@@ -111,7 +109,7 @@ def compare(
     base: Path,
     adapter: Adapter,
     fused: Callable[[], nn.Module],
-    in_form: Callable[[nn.Module], nn.Module] | None,
+    quantise_alike: Callable[[nn.Module], nn.Module] | None,
 ) -> Check:
     """Compare a fused model with the adapter on its base.
 
@@ -121,7 +119,7 @@ def compare(
         rows: what the models read.
         base: the base's folder.
         fused: loads the fused model in float32, lazily.
-        in_form: gives a dense model the fused one's form, where that is quantised.
+        quantise_alike: gives a dense model the fused one's form, where that is quantised.
     """
 
     def tuned() -> nn.Module:
@@ -129,15 +127,19 @@ def compare(
         apply(model, adapter)
         return model.eval()
 
-    def base_in_form(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    def base_alike(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
         model, _ = mlx_lm_utils.load_model(base, lazy=True)
         return in_float32(change(mlx_lm_utils.dequantize_model(model)))
 
-    b = _logits(lambda: load_in_float32(base), rows)
-    t = _logits(tuned, rows)
-    f = _logits(fused, rows)
-    losses = [_loss(logits, rows.targets) for logits in (b, t, f)]
-    f -= b if in_form is None else _logits(lambda: base_in_form(in_form), rows)
+    b = logits_of(lambda: load_in_float32(base), rows.tokens, rows.positions)
+    t = logits_of(tuned, rows.tokens, rows.positions)
+    f = logits_of(fused, rows.tokens, rows.positions)
+    losses = [mean_loss(logits, rows.targets) for logits in (b, t, f)]
+    f -= (
+        b
+        if quantise_alike is None
+        else logits_of(lambda: base_alike(quantise_alike), rows.tokens, rows.positions)
+    )
     t -= b
     wanted = _dot(t, t)
     if not wanted:  # an adapter as it was before training
@@ -168,24 +170,5 @@ def require_kept(check: Check, output: Path, *, quantised: bool) -> None:
         raise ModelError(Fault(str(output), "", f"{what}; nothing was written; {todo}"))
 
 
-def _logits(load: Callable[[], nn.Module], rows: Rows) -> np.ndarray:
-    """Logits (positions, vocabulary) of a lazily loaded model."""
-    model = load()
-    language = getattr(model, "language_model", model)
-    hidden = language.model(mx.array(rows.tokens))
-    hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(rows.positions)]
-    head = head_of(model)
-    logits = head.as_linear(hidden) if isinstance(head, nn.Embedding) else head(hidden)
-    # With nobody else holding the weights, each is freed as soon as the graph is past it.
-    del model, language, head
-    return np.array(logits)
-
-
 def _dot(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.dot(x.reshape(-1), y.reshape(-1)).item())
-
-
-def _loss(logits: np.ndarray, targets: np.ndarray) -> float:
-    scores = mx.array(logits)
-    chosen = mx.take_along_axis(scores, mx.array(targets)[:, None], axis=-1)[:, 0]
-    return float((mx.logsumexp(scores, axis=-1) - chosen).mean().item())

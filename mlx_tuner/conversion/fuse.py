@@ -17,11 +17,11 @@ from mlx_tuner.conversion.convert import (
     CARD,
     DROPPED,
     copy_companions,
-    load_in_float32,
     quantise,
     require_space,
 )
 from mlx_tuner.conversion.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
+from mlx_tuner.conversion.logits import load_in_float32
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
 from mlx_tuner.models.adapter import Adapter, apply, named_as_in
@@ -102,7 +102,7 @@ def fuse(
         with display.task("comparing the result with the adapter"):
             rows = rows_to_compare(source, base.folder)
             check = compare(
-                rows, base.folder, adapter, lambda: load_in_float32(folder), work.in_form
+                rows, base.folder, adapter, lambda: load_in_float32(folder), work.quantise_alike
             )
         require_kept(check, output, quantised=bits is not None)
         made = Fused(output, source, model or adapter.base, work.form, work.bytes, check)
@@ -145,13 +145,13 @@ class _Work:
         model = merge(base.folder, adapter)
         self._folder = base.folder
         self._fused = {f"{path}.weight" for path in named_as_in(model, adapter).modules}
-        self.in_form: Callable[[nn.Module], nn.Module] | None = None
+        self.quantise_alike: Callable[[nn.Module], nn.Module] | None = None
         if bits is not None:
             config = {k: v for k, v in _dense_config(base.config).items() if k not in DROPPED}
             self.config = quantise(model, config, bits, group_size, base.folder)
             self.weights = dict(tree_flatten(model.parameters()))
             self.form = f"{bits} bits in groups of {group_size}"
-            self.in_form = lambda model: _rounded(model, base, bits, group_size)
+            self.quantise_alike = lambda model: _rounded(model, base, bits, group_size)
         else:
             self.config = _dense_config(base.config)
             self.weights = self._named_as_in(base, model)

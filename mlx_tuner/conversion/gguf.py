@@ -14,11 +14,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_tuner.conversion.convert import in_float32, require_space
+from mlx_tuner.conversion.convert import require_space
 from mlx_tuner.conversion.fidelity import Check, compare, require_kept
 from mlx_tuner.conversion.fuse import merge, open_base, rows_to_compare
 from mlx_tuner.conversion.gguf_names import Names, add_base
 from mlx_tuner.conversion.gguf_vocabulary import add_tokenizer
+from mlx_tuner.conversion.logits import in_float32
 from mlx_tuner.conversion.modelfile import modelfile
 from mlx_tuner.data.encode import unwrap
 from mlx_tuner.errors import Fault, ModelError, UsageError
