@@ -25,7 +25,6 @@ from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import (
     FINISHED,
-    RUNNING,
     STOPPED,
     STOPPED_EARLY,
     EvalRecord,
@@ -33,29 +32,21 @@ from mlx_tuner.runs.metrics import (
     Meter,
     Sample,
     Summary,
-    summarise,
 )
 from mlx_tuner.runs.pulse import Pulse
 from mlx_tuner.runs.run import (
-    GRAD_NORM_PLOT,
-    LOSS_PLOT,
     QUARANTINE,
-    REPORT,
     Run,
-    read_records,
-    read_samples,
     read_summary,
 )
-from mlx_tuner.show import page, plots, story
+from mlx_tuner.show import story
 from mlx_tuner.show.progress import Display
+from mlx_tuner.show.reporter import Reporter
 from mlx_tuner.system import device, files, interrupt
 from mlx_tuner.words import plural
 
 NONFINITE_LIMIT = 3
 """Steps in a row without a finite loss and gradient that end a run."""
-
-DRAWING_SHARE = 0.01
-"""Of a run's time, that its plots and report may take while it goes on."""
 
 
 @dataclass
@@ -216,6 +207,22 @@ class Session:
             self._examples.popleft()
 
     @cached_property
+    def _reporter(self) -> Reporter:
+        return Reporter(
+            self.run,
+            self._facts,
+            self.display,
+            recipe=self.recipe.to_toml(),
+            config=self.recipe.plain_tables(),
+            trackers=self.recipe.report.to,
+        )
+
+    @property
+    def _speeds(self) -> dict[str, Any]:
+        rows = self.data.train.rows_per_second
+        return {"tokenized_rows_per_second": rows, "restarts": self.progress.restarts}
+
+    @cached_property
     def _facts(self) -> Facts:
         valid = self.data.valid
         return Facts(
@@ -243,17 +250,14 @@ class Session:
             memory_gb=(mx.get_active_memory() + mx.get_cache_memory()) / 1e9,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
-        self.run.append(record)
-        self.display.record(record)
+        self._reporter.record(record)
 
     def _look(self) -> None:
         """Evaluate, and refresh what a person looks at while the run goes on."""
         self._evaluate()
         self._answer()
-        meter = self.progress.meter
-        drawing = meter.other_seconds.get("drawing", 0.0)
-        if self.progress.step and drawing <= DRAWING_SHARE * meter.elapsed_seconds:
-            self._draw(RUNNING)
+        if self.progress.step:
+            self._reporter.refresh(self.progress.meter, **self._speeds)
 
     def _evaluate(self) -> None:
         """Measure the validation loss; the adapter of the best one is the run's."""
@@ -265,8 +269,7 @@ class Session:
         record = EvalRecord(step=progress.step, epoch=self._epoch, val_loss=loss)
         lowest = math.inf if progress.best_val_loss is None else progress.best_val_loss
         best = progress.step > 0 and loss < lowest
-        self.run.append(record)
-        self.display.record(record, best=best)
+        self._reporter.record(record, best=best)
         if best:
             progress.best_step, progress.best_val_loss = progress.step, loss
             progress.evaluations_since_best = 0
@@ -282,14 +285,14 @@ class Session:
         with self.display.task("answering the prompts"), meter.timing("answering"):
             self.pulse.quiet()
             model = self.trainer.tuned()
-            answers = answer_all(model, self.tokenizer, self.prompts, asked.max_tokens)
-            self.pulse.beat()
+            answers = answer_all(
+                model, self.tokenizer, self.prompts, asked.max_tokens, self.pulse.beat
+            )
         for prompt, answer in zip(asked.prompts, answers, strict=True):
             sample = Sample(
                 step=self.progress.step, prompt=prompt, answer=answer.text, stopped=answer.stopped
             )
-            self.run.append_sample(sample)
-            self.display.sample(sample)
+            self._reporter.sample(sample)
 
     def _beating(self, batches: Iterator[list[Example]]) -> Iterator[list[Example]]:
         for examples in batches:
@@ -348,27 +351,4 @@ class Session:
         meter = self.progress.meter
         if meter.losses:  # steps since the last log line
             self._log()
-        summary = self._draw(status)
-        self.run.write_summary(summary)
-        return summary
-
-    def _draw(self, status: str) -> Summary:
-        """Plots and report, of the run as it is now."""
-        meter, path = self.progress.meter, self.run.path
-        records = read_records(path)
-        summary = summarise(
-            self._facts,
-            records,
-            status=status,
-            runtime_seconds=meter.elapsed_seconds,
-            other_seconds=meter.other_seconds,
-            tokenized_rows_per_second=self.data.train.rows_per_second,
-            restarts=self.progress.restarts,
-        )
-        with self.display.task("drawing the plots"), meter.timing("drawing"):
-            plots.loss_curve(path / LOSS_PLOT, records, summary.best_step)
-            plots.grad_norm_curve(path / GRAD_NORM_PLOT, records)
-            recipe, samples = self.recipe.to_toml(), read_samples(path)
-            shown = page.report(records, summary, path, recipe=recipe, samples=samples)
-            files.write_text(path / REPORT, shown)
-        return summary
+        return self._reporter.end(status, meter, **self._speeds)

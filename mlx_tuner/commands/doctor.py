@@ -22,6 +22,10 @@ EXTRAS = {
     "cuda": "training on NVIDIA GPUs",
     "gguf": "`mlx-tune export --to gguf`",
     "parquet": "rows in Parquet files",
+    "tensorboard": '`[report] to = ["tensorboard"]`',
+    "mlflow": '`[report] to = ["mlflow"]`',
+    "wandb": '`[report] to = ["wandb"]`',
+    "trackio": '`[report] to = ["trackio"]`',
     "torch": "comparisons with PEFT on torch",
 }
 SMALLEST_BUDGET_GB = 2.0

@@ -78,7 +78,6 @@ def export_gguf(
     adapter = read_adapter(source)
     base = open_base(adapter, model)
     tokenizer = unwrap(load_tokenizer(base.folder))
-    ollama = modelfile(output.name, tokenizer, source)
     file = _File(base, adapter, tokenizer, dtype, name=source.resolve().name)
     require_space(output, file.bytes)
 
@@ -97,7 +96,7 @@ def export_gguf(
     require_kept(check, output, quantised=quantised)
     with display.task(f"writing {output.name}", file.bytes) as advance:
         file.write(output, advance)
-    files.write_text(beside, ollama)
+    files.write_text(beside, modelfile(output.name, tokenizer, source))
     return Exported(output, beside, file.bytes, check)
 
 

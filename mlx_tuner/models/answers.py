@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.generate import batch_generate
+from mlx_lm.generate import BatchGenerator
 
 from mlx_tuner.errors import Fault, ModelError, first_line
 
@@ -52,14 +52,27 @@ def prompt_tokens(
 
 
 def answer_all(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_tokens: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """The likeliest answer to each prompt (token ids); mlx-lm answers them side by side."""
+    """The likeliest answer to each prompt (token ids); mlx-lm answers them side by side.
+
+    Args:
+        on_token: is called after each token of all the answers, so that waiting is seen to go on.
+    """
     if not prompts:
         return []
-    model.eval()
-    made = batch_generate(
-        model, tokenizer, list(prompts), max_tokens=max_tokens, return_token_ids=True
-    ).token_ids
-    # The token that ends an answer is not among its tokens.
-    return [Answer(tokenizer.decode(ids), len(ids) < max_tokens, len(ids)) for ids in made]
+    generator = BatchGenerator(model.eval(), stop_tokens=[[id] for id in tokenizer.eos_token_ids])
+    made: dict[int, list[int]] = {
+        uid: [] for uid in generator.insert(list(prompts), [max_tokens] * len(prompts))
+    }
+    while responses := generator.next_generated():
+        on_token()
+        for response in responses:
+            if response.finish_reason != "stop":  # the token that ends an answer is not of it
+                made[response.uid].append(response.token)
+    generator.close()
+    return [Answer(tokenizer.decode(ids), len(ids) < max_tokens, len(ids)) for ids in made.values()]

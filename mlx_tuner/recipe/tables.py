@@ -204,12 +204,21 @@ class SampleTable(_Table):
     max_tokens: int = Field(200, ge=1, le=1_000_000, description="of an answer")
 
 
+class ReportTable(_Table):
+    """Where a run's numbers go beside its own files."""
+
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="trackers, each an extra"
+    )
+
+
 TABLES: dict[str, type[_Table]] = {
     "model": ModelTable,
     "data": DataTable,
     "lora": LoraTable,
     "train": TrainTable,
     "sample": SampleTable,
+    "report": ReportTable,
 }
 _LENGTHS = ("epochs", "max_steps")  # of [train], exactly one is given
 _EXAMPLE = 'lora.target_modules=["q_proj", "v_proj"]'
@@ -228,6 +237,7 @@ class Recipe:
     lora: LoraTable
     train: TrainTable
     sample: SampleTable
+    report: ReportTable
 
     def to_toml(self) -> str:
         """The recipe with every default written out: it parses to an equal recipe."""

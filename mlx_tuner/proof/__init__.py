@@ -1,1 +1,0 @@
-"""Whether a machine's device computes what its CPU computes."""
