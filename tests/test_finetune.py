@@ -337,7 +337,7 @@ def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, t
 def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
     same = {
         "train__eval_every": 1,
-        "train__learning_rate": 0.5,
+        "train__learning_rate": 0.02,
         "train__lr_schedule": '"constant"',
         "train__warmup_steps": 0,
     }
