@@ -36,16 +36,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
-from harness import ROOT, Measures, options, save, table
+from harness import ROOT, Measures, options, preload_openblas, save, table
 from safetensors.numpy import load_file
 
+from mlx_tuner import cli, training
 from mlx_tuner.errors import RunError
 from mlx_tuner.models.model import resolve
-from mlx_tuner.runs import checkpoints
+from mlx_tuner.runs import checkpoints, supervisor
 from mlx_tuner.runs.run import Run, read_summary
 from mlx_tuner.system import blas, files
 
@@ -64,11 +66,87 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT)
 AT_ONCE = 50
 PATIENCE_SECONDS = 300.0
 """For a run to come to its next step: longer is an error of this script or of the run."""
-PROGRAM = (
-    "from mlx_tuner.cli import main; from mlx_tuner.runs import supervisor; "
-    "supervisor.DELAYS = (0.1, 0.1, 0.1); main()"
-)
-"""`mlx-tune` that does not wait before it starts a child again."""
+
+
+class Forked:
+    """`mlx-tune` as a fork of this process, which has imported all of it: a start takes no 3 s.
+
+    Nothing is computed here before, so MLX starts in the fork. (On a Mac no fork can use Metal.)
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        self.returncode: int | None = None
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        if (pid := os.fork()) == 0:
+            become(arguments, output)
+        os.close(output)
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        """Wait for its end; as `poll`."""
+        while self.poll() is None:
+            time.sleep(0.005)
+        return self.returncode or 0
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def become(arguments: Sequence[str], output: int) -> None:
+    """Be `mlx-tune ARGUMENTS`, whose children are forks too and start without delay."""
+    for number in CODES:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
+    supervisor.DELAYS = (0.1, 0.1, 0.1)
+
+    def spawn(path, command, environ, *, file_actions=(), setpgroup=None):
+        if (pid := os.fork()) == 0:
+            os.setpgid(0, 0)
+            for _, source, target in file_actions:
+                os.dup2(source, target)
+            for path in list(Path("/proc/self/fd").iterdir()):  # what an exec would close
+                with suppress(OSError):
+                    if int(path.name) > 2 and not os.get_inheritable(int(path.name)):
+                        os.close(int(path.name))
+            sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+            os.environ.clear()
+            os.environ.update(environ)
+            for number in CODES:
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            end(command[command.index("run") :])
+        return pid
+
+    os.posix_spawn = spawn
+    end(arguments)
+
+
+def end(arguments: Sequence[str]) -> None:
+    """Run the command line, and leave this fork."""
+    code = 1
+    try:
+        cli.main(list(arguments), prog_name="mlx-tune", standalone_mode=True)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 class Ours:
@@ -84,16 +162,16 @@ class Ours:
         settings = {"max_steps": steps, "save_every": SAVE_EVERY, "log_every": 1, "eval_every": 4}
         sets = [f"--set=train.{key}={value}" for key, value in settings.items()]
         recipe = str(ROOT / "recipes" / "quickstart.toml")
-        self._command = ["-c", PROGRAM, "run", recipe, "--run-dir", str(self.run), *sets]
+        self._command = ["run", recipe, "--run-dir", str(self.run), *sets]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Process:
         """Begin, or go on."""
         again = ["--resume" if self.saved() else "--overwrite"] if self.run.exists() else []
-        return start([*self._command, *again], self.log)
+        return Forked([*self._command, *again], self.log)
 
     def start_new(self) -> subprocess.Popen[bytes]:
         """Begin, whatever is there."""
-        return start(self._command, self.log)
+        return start(["-m", "mlx_tuner", *self._command], self.log)
 
     def saved(self) -> int:
         """The step from which a resumed run will go on."""
@@ -161,6 +239,7 @@ class MlxLm:
 
 
 Trainer = Ours | MlxLm
+Process = subprocess.Popen[bytes] | Forked
 
 
 def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -173,7 +252,7 @@ def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
 
 
-def children(process: subprocess.Popen[bytes]) -> list[int]:
+def children(process: Process) -> list[int]:
     """Process ids of the children of a process."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
@@ -192,7 +271,7 @@ def told(trainer: Trainer) -> list[int]:
     return [trainer.offset + int(number) for number in found]
 
 
-def await_step(trainer: Trainer, process: subprocess.Popen[bytes], step: int) -> list[int]:
+def await_step(trainer: Trainer, process: Process, step: int) -> list[int]:
     """Wait until `step` or a later one is told of, or the process has ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while max(steps := told(trainer), default=0) < step and process.poll() is None:
@@ -202,7 +281,7 @@ def await_step(trainer: Trainer, process: subprocess.Popen[bytes], step: int) ->
     return steps
 
 
-def finish(trainer: Trainer, process: subprocess.Popen[bytes]) -> None:
+def finish(trainer: Trainer, process: Process) -> None:
     """Wait for a process that must succeed."""
     if process.wait():
         raise SystemExit(trainer.log.read_text(errors="replace"))
@@ -229,7 +308,7 @@ def same(one: Path, other: Path) -> bool:
 
 def reach(
     trainer: Trainer,
-    process: subprocess.Popen[bytes],
+    process: Process,
     draw: random.Random,
     moment: int,
     pace: float,
@@ -504,6 +583,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="for stops; fewer are made then")
     parser.add_argument("--only", nargs="*", default=[], help="variants by a part of their name")
     args = parser.parse_args()
+    preload_openblas()
+    training.models.load_tokenizer(resolve(BUILTIN))  # imports what every fork would import again
     for number in CODES:  # a job in the background has them ignored, and so would its children
         signal.signal(number, signal.default_int_handler)
     turns = -(-args.stops // STOPS_A_TURN)

@@ -40,8 +40,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path with the suffix and folder of `path`; what is written there becomes `path`.
 
     The folder is made if need be. The rename happens only if the block ends without an exception;
-    otherwise the temporary file is removed and an earlier `path` is as it was.
+    otherwise the temporary file is removed and an earlier `path` is as it was. In a folder that is
+    itself temporary the file gets its own name at once: the folder's block flushes all of it.
     """
+    if _is_staged(path):
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+        yield path
+        return
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix}")
     with faults_named(path):
         make_folder(path.parent)
@@ -58,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Make `path` hold `data`."""
     with replacing(path) as temporary, faults_named(path, len(data)):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             _write(descriptor, data)
         finally:
@@ -140,7 +146,8 @@ def staging(directory: Path, size: int | None = None) -> Iterator[Path]:
                     _sync(path)
                 listed = dict(zip(files, entries, strict=True))
             write_text(temporary / MANIFEST, _manifest(listed))
-            for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
+            _sync(temporary / MANIFEST)
+            for folder in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
                 _sync(folder)
             _rename(temporary, target)
         except BaseException:
