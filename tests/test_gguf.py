@@ -1,10 +1,13 @@
 """GGUF: what gguf's own reader finds in the file, and what llama.cpp makes of it."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import tomli_w
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
@@ -105,6 +108,30 @@ def test_the_metadata_is_what_llama_cpp_asks_for(base, adapted, tmp_path, displa
     assert {name: fields.get(name) for name in expected} == expected
     template = load_tokenizer(base)._tokenizer.chat_template
     assert fields["tokenizer.chat_template"] == template
+
+
+def test_scaled_positions_the_base_and_the_system_prompt_are_written(tmp_path, display):
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    base = write_model(tmp_path / "base", num_hidden_layers=1, rope_scaling=scaling)
+    run = tmp_path / "run"
+    adapter = make_adapter(load_model(base)[0], base)
+    write_adapter(run, replace(adapter, base="acme/tiny"))
+    recipe = {"model": {"path": "acme/tiny"}, "train": {"max_steps": 1}}
+    recipe["data"] = {"train": "rows.jsonl", "system_prompt": "/no_think Be brief."}
+    (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    made = export_gguf(run, tmp_path / "out" / "model.gguf", display, model=str(base))
+    expected = {
+        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.factor": 4.0,
+        "qwen2.rope.scaling.original_context_length": 128,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "tiny",
+        "general.base_model.0.organization": "acme",
+        "general.base_model.0.repo_url": "https://huggingface.co/acme/tiny",
+    }
+    fields = fields_of(made.path)
+    assert {name: fields.get(name) for name in expected} == expected
+    assert 'SYSTEM """/no_think Be brief."""' in made.modelfile.read_text()
 
 
 def test_tokens_types_and_merges_are_the_tokenizers(base, adapted, tmp_path, display):
@@ -280,6 +307,18 @@ def test_llama_cpp_answers_from_rounded_weights_nearly_as_we_do(tmp_path, displa
 
 
 # ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ['a"""\nFROM evil', 'says "yes"'])
+def test_a_system_prompt_cannot_end_its_quotes_in_the_modelfile(adapted, tmp_path, display, prompt):
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    recipe = {"model": {"path": "builtin:tiny-qwen"}, "train": {"max_steps": 1}}
+    recipe["data"] = {"train": "rows.jsonl", "system_prompt": prompt}
+    (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    with pytest.raises(ModelError, match=r"system prompt: holds .* or ends in a quote"):
+        export_gguf(run, tmp_path / "out" / "model.gguf", display)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "Modelfile"])

@@ -78,6 +78,7 @@ def export_gguf(
     adapter = read_adapter(source)
     base = open_base(adapter, model)
     tokenizer = unwrap(load_tokenizer(base.folder))
+    ollama = modelfile(output.name, tokenizer, source)
     file = _File(base, adapter, tokenizer, dtype, name=source.resolve().name)
     require_space(output, file.bytes)
 
@@ -96,7 +97,7 @@ def export_gguf(
     require_kept(check, output, quantised=quantised)
     with display.task(f"writing {output.name}", file.bytes) as advance:
         file.write(output, advance)
-    files.write_text(beside, modelfile(output.name, tokenizer, source))
+    files.write_text(beside, ollama)
     return Exported(output, beside, file.bytes, check)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tuner.conversion.fuse import TURN_END, recipe_of
+from mlx_tuner.errors import Fault, ModelError
 
 _CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
@@ -20,7 +21,11 @@ _CHATML_TURNS = re.compile(
 
 
 def modelfile(name: str, tokenizer: Any, source: Path) -> str:
-    """How Ollama runs the file: the turns as the model's own template writes them."""
+    """How Ollama runs the file: the turns as the model's own template writes them.
+
+    Raises:
+        ModelError: a text of the run's or the model's cannot be quoted there.
+    """
     lines = [f"FROM ./{name}"]
     if tokenizer.chat_template:
         message = [{"role": "user", "content": "Hello"}]
@@ -29,7 +34,13 @@ def modelfile(name: str, tokenizer: Any, source: Path) -> str:
             lines += [f'TEMPLATE """{_CHATML}"""']
             recipe = recipe_of(source)
             if system := (recipe and recipe.data.system_prompt) or chatml["system"]:
+                if '"""' in system or system.endswith('"'):
+                    what = 'holds """ or ends in a quote, which would end it in a Modelfile early'
+                    raise ModelError(Fault(str(source), "system prompt", f"{what}; change it"))
                 lines += [f'SYSTEM """{system}"""']
         lines += [f'PARAMETER stop "{TURN_END}"']
+    if not tokenizer.eos_token.isprintable() or '"' in tokenizer.eos_token:
+        what = f"{tokenizer.eos_token!r} cannot be written into a Modelfile"
+        raise ModelError(Fault(str(source), "eos_token", what))
     lines += [f'PARAMETER stop "{tokenizer.eos_token}"']
     return "\n".join(dict.fromkeys(lines)) + "\n"
