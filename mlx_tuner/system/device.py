@@ -36,11 +36,12 @@ CACHE_FRACTION = 0.25
 # cores (the first entry whose cores are not exceeded). FP32 peak = cores x 128 ALUs x 2 FLOP (an
 # FMA) x clock; fp16 and bf16 run at the same rate up to M4.
 # Clocks: M1 1.278 GHz (M1 Pro and up 1.296), M2 1.398 and M4 1.578 GHz are what `powermetrics`
-# reports as the top step, M3 and M5 are hmc-tech.com's. Checked against the TFLOPS that Apple
+# reports as the top step, M3's are hmc-tech.com's; M5 and M5 Pro have no source. Checked against
+# the TFLOPS that Apple
 # published: M1 2.6, M1 Pro 5.2, M1 Max 10.4, M1 Ultra 21, M2 3.6, M2 Pro 6.8, M2 Max 13.6.
 # Other sources give 1.47 GHz for M4, so read its peak as +0 % -7 %.
 # Bandwidth: Apple's technical specifications of each Mac.
-_CHIPS: Mapping[str, tuple[float, tuple[tuple[int, int], ...]]] = {
+_CHIPS: Mapping[str, tuple[float | None, tuple[tuple[int, int], ...]]] = {
     "M1": (1.278, ((8, 68),)),
     "M1 Pro": (1.296, ((16, 200),)),
     "M1 Max": (1.296, ((32, 400),)),
@@ -51,14 +52,14 @@ _CHIPS: Mapping[str, tuple[float, tuple[tuple[int, int], ...]]] = {
     "M2 Ultra": (1.398, ((76, 800),)),
     "M3": (1.398, ((10, 100),)),
     "M3 Pro": (1.398, ((18, 150),)),
-    "M3 Max": (1.398, ((30, 300), (40, 400))),
+    "M3 Max": (1.380, ((30, 300), (40, 400))),
     "M3 Ultra": (1.398, ((80, 819),)),
     "M4": (1.578, ((10, 120),)),
     "M4 Pro": (1.578, ((20, 273),)),
     "M4 Max": (1.578, ((32, 410), (40, 546))),
-    "M5": (1.74, ((10, 153),)),
-    "M5 Pro": (1.74, ((20, 307),)),
-    "M5 Max": (1.74, ((32, 460), (40, 614))),
+    "M5": (None, ((10, 153),)),
+    "M5 Pro": (None, ((20, 307),)),
+    "M5 Max": (1.62, ((32, 460), (40, 614))),
 }
 
 _THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
@@ -197,7 +198,8 @@ def chip_peak(chip: str, cores: int | None) -> tuple[float | None, int | None]:
     if cores is None:
         return None, bandwidths[0][1] if len(bandwidths) == 1 else None
     bandwidth = next((gb for most, gb in bandwidths if cores <= most), None)
-    return cores * 128 * 2 * clock_ghz / 1000, bandwidth
+    peak = None if clock_ghz is None else cores * 128 * 2 * clock_ghz / 1000
+    return peak, bandwidth
 
 
 def gpu_cores(probe: Probe) -> int | None:
@@ -351,7 +353,7 @@ def _notes(
     pressure: str | None,
 ) -> list[str]:
     notes = []
-    if chip.startswith("Apple M5"):
+    if chip == "Apple M5 Max":
         notes.append("the peak counts the shaders only: M5's matrix units can exceed it")
     if low_power:
         notes.append("low power mode is on: figures are below what this machine can do")
