@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlx_tuner.bench import self_test
 from mlx_tuner.cli import main
 from mlx_tuner.engine.trainer import Trainer
+from mlx_tuner.proof import operations, self_test, steps
+from mlx_tuner.proof.sides import Outcome, Side, trial
 
-SIDE = self_test.trial()
+SIDE = trial()
 CHECKS = self_test.checks(SIDE)
 
 
@@ -22,7 +23,7 @@ CHECKS = self_test.checks(SIDE)
 def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps on the CPU, whose numbers are not what a user's Mac has to prove."""
     if SIDE.device.type == mx.cpu:
-        monkeypatch.setattr(self_test, "STEPS", 3)
+        monkeypatch.setattr(steps, "STEPS", 3)
 
 
 @pytest.mark.metal
@@ -33,15 +34,15 @@ def test_this_device_computes_what_the_cpu_computes(name: str) -> None:
 
 
 def test_a_wrong_gradient_of_the_gate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "swiglu", lambda gate, up, fused: gate * mx.sigmoid(gate * up))
-    assert not self_test.check_swiglu(SIDE)[0]
+    monkeypatch.setattr(operations, "swiglu", lambda gate, up, fused: gate * mx.sigmoid(gate * up))
+    assert not operations.check_swiglu(SIDE)[0]
 
 
 def test_attention_that_sees_the_next_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = mx.fast.scaled_dot_product_attention
     blind = lambda *args, mask, **kwargs: real(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", blind)
-    assert not self_test.check_attention(SIDE, 64)[0]
+    assert not operations.check_attention(SIDE, 64)[0]
 
 
 def test_a_gradient_that_is_a_thousandth_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,8 +51,8 @@ def test_a_gradient_that_is_a_thousandth_off_is_found(monkeypatch: pytest.Monkey
             loss, gradient = super().sum_of_micro_batches(step, number)
             return loss, gradient * 1.001
 
-    monkeypatch.setattr(self_test, "Trainer", Off)
-    ok, told = self_test.check_training(SIDE, "qwen3", "fp32")
+    monkeypatch.setattr(steps, "Trainer", Off)
+    ok, told = steps.check_training(SIDE, "qwen3", "fp32")
     assert not ok, told
 
 
@@ -65,27 +66,27 @@ def test_steps_that_depend_on_what_happened_before_are_found(
             loss, gradient = super().sum_of_micro_batches(step, number)
             return loss, gradient * (1 + 1e-6 * drawn.random())
 
-    real = self_test._trainer
+    real = steps._trainer
     loose = lambda *args, **kwargs: real(*args, **{**kwargs, "kind": Loose})  # noqa: E731
-    monkeypatch.setattr(self_test, "_trainer", loose)
-    for check in (self_test.check_repeatability, self_test.check_resume):
+    monkeypatch.setattr(steps, "_trainer", loose)
+    for check in (steps.check_repeatability, steps.check_resume):
         ok, told = check(SIDE, "qwen3", "fp32")
         assert not ok
         assert "numbers differ" in told
 
 
 def test_a_peak_beyond_the_estimate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test.Work, "step_bytes", lambda *_: 1_000_000)
-    assert not self_test.check_memory(SIDE)[0]
+    monkeypatch.setattr(steps.Work, "step_bytes", lambda *_: 1_000_000)
+    assert not steps.check_memory(SIDE)[0]
 
 
 def test_the_command_tells_each_check_and_fails_where_one_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(side: self_test.Side) -> self_test.Outcome:
+    def broken(side: Side) -> Outcome:
         raise RuntimeError("[metal::malloc] no memory")
 
-    few = {"gathers": self_test.check_gathers, "broken": broken}
+    few = {"gathers": operations.check_gathers, "broken": broken}
     monkeypatch.setattr(self_test, "checks", lambda side: few)
     report = tmp_path / "report.md"
     done = CliRunner().invoke(main, ["doctor", "--self-test", "--report", str(report)])
@@ -95,7 +96,7 @@ def test_the_command_tells_each_check_and_fails_where_one_does(
     assert "RuntimeError: [metal::malloc] no memory" in lines[1]
     assert lines[2].startswith("1 of 2 checks failed on ")
     assert "| **not ok** | broken |" in report.read_text()
-    monkeypatch.setattr(self_test, "checks", lambda side: {"gathers": self_test.check_gathers})
+    monkeypatch.setattr(self_test, "checks", lambda side: {"gathers": operations.check_gathers})
     done = CliRunner().invoke(main, ["doctor", "--self-test", "--json"])
     assert done.exit_code == 0
     told = json.loads(done.stdout)

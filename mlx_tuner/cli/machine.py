@@ -39,7 +39,7 @@ def doctor(self_test: bool, report: Path | None, as_json: bool) -> None:
 
 
 def _self_test(report: Path | None, as_json: bool) -> None:
-    from mlx_tuner.bench.self_test import run
+    from mlx_tuner.proof.self_test import run
     from mlx_tuner.system import files
 
     found = run(lambda finding: None if as_json else click.echo(finding))

@@ -1,0 +1,1 @@
+"""Whether a machine's device computes what its CPU computes."""

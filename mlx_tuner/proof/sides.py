@@ -1,0 +1,48 @@
+"""The two sides of each comparison: a device with its numbers, and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_tuner import assembly
+from mlx_tuner.engine.backend import CPU, GPU, Backend
+
+DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16}
+
+Outcome = tuple[bool, str]
+"""Whether a check is well, and its figures."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A device, and the numbers that a training step takes there."""
+
+    device: mx.Device
+    backend: Backend
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Compute on this device."""
+        before = mx.default_device()
+        mx.set_default_device(self.device)
+        try:
+            yield
+        finally:
+            mx.set_default_device(before)
+
+
+TRUTH = Side(mx.Device(mx.cpu), CPU)
+
+
+def trial() -> Side:
+    """What is tested: the default device; without a GPU, its numbers on the CPU.
+
+    (The CPU backend would call a C++ compiler for fused kernels.)
+    """
+    if assembly.on_gpu():
+        return Side(mx.default_device(), assembly.backend())
+    return Side(mx.default_device(), replace(GPU, fused=False))
