@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from mlx_tuner.cli import main
 
@@ -307,3 +308,9 @@ def test_a_reader_that_leaves_causes_no_traceback(
         os.close(writing)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_a_shell_is_given_its_completion() -> None:
+    result = CliRunner().invoke(main, ["completion", "zsh"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("#compdef mlx-tune")

@@ -152,3 +152,17 @@ def test_the_command_prints_one_json_object_and_its_exit_code_says_whether_anyth
     done = CliRunner().invoke(main, ["doctor"])
     assert done.exit_code == 1
     assert "nothing can train here yet" in done.stdout
+
+
+def test_caches_are_weighed_and_how_to_empty_them_is_said(tmp_path, monkeypatch):
+    from mlx_tuner.commands.doctor import _caches
+    from mlx_tuner.system import cache
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(cache, "user_folder", lambda: tmp_path / "rows")
+    assert list(_caches()) == []
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a").write_bytes(b"x" * 20_000_000)
+    (found,) = _caches()
+    assert (found.level, found.what) == ("note", f"0.02 GB in {tmp_path / 'rows'}")
+    assert found.advice == f"to empty it: remove {tmp_path / 'rows'}"

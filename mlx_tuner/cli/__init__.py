@@ -8,7 +8,7 @@ import click
 from mlx_tuner import __version__
 from mlx_tuner.cli.faults import Commands
 from mlx_tuner.cli.folders import convert, export, fuse, import_
-from mlx_tuner.cli.machine import bench, doctor
+from mlx_tuner.cli.machine import bench, completion, doctor
 from mlx_tuner.cli.results import compare, eval_, generate
 from mlx_tuner.cli.training import data, init, plan, recipes, run
 
@@ -24,6 +24,6 @@ for command in (
     *(run, plan, data),
     *(generate, eval_, compare),
     *(convert, fuse, export, import_),
-    *(bench, doctor),
+    *(bench, doctor, completion),
 ):
     main.add_command(command)

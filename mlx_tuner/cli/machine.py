@@ -17,6 +17,21 @@ PEER = "mlx-lm"
 
 
 @click.command()
+@click.argument("shell", type=click.Choice(["zsh", "bash", "fish"]))
+def completion(shell: str) -> None:
+    """The script that completes commands and options in SHELL.
+
+    For zsh: mlx-tune completion zsh > ~/.mlx-tune.zsh; echo "source ~/.mlx-tune.zsh" >> ~/.zshrc
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    whole = click.get_current_context().find_root().command
+    click.echo(kind(whole, {}, "mlx-tune", "_MLX_TUNE_COMPLETE").source())
+
+
+@click.command()
 @click.option("--self-test", is_flag=True, help="Prove the GPU against the CPU: about a minute.")
 @click.option(
     "--report",

@@ -96,6 +96,7 @@ def examine(probe: Probe | None = None) -> Report:
     if machine.backend == "cpu":
         findings.extend(_cpu_backend(probe))
     findings.extend(_hub())
+    findings.extend(_caches())
     findings.extend(_extras())
     return Report(machine, tuple(findings))
 
@@ -191,6 +192,24 @@ def _hub() -> Iterator[Finding]:
             yield Finding("missing", subject, f"{folder} cannot be written to")
         else:
             yield Finding("ok", subject, what)
+
+
+def _caches() -> Iterator[Finding]:
+    """What is kept for the next time, and how to be rid of it."""
+    from huggingface_hub import constants
+
+    from mlx_tuner.system import cache
+
+    for subject, folder, empty in (
+        ("models kept", Path(constants.HF_HUB_CACHE), "`hf cache prune`, or `hf cache rm NAME`"),
+        ("rows kept", cache.user_folder(), f"remove {cache.user_folder()}"),
+    ):
+        size = sum(
+            f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink()
+        )
+        if size:
+            what = f"{size / 1e9:.2f} GB in {folder}"
+            yield Finding("note", subject, what, f"to empty it: {empty}")
 
 
 def _extras() -> Iterator[Finding]:
