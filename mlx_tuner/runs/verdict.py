@@ -75,8 +75,9 @@ def against_base(base: float, tuned: float, *, sure: bool = True) -> Verdict:
     if not (math.isfinite(base) and math.isfinite(tuned)):
         return Verdict("too few", "No verdict: a loss is not finite.")
     if not sure or abs(tuned - base) <= _NOISE * base:
-        chance = "" if sure else " than chance explains"
-        text = f"No better than the base model on these rows, and no worse{chance}"
+        text = "No better than the base model on these rows, and no worse"
+        if not sure:
+            text = "Too few rows to tell it from the base model: the difference may be chance"
         return Verdict("like the base", f"{text}: loss {base:.4g} → {tuned:.4g}.")
     change = f"loss {base:.4g} → {tuned:.4g} ({_change(base, tuned)}) on rows held out"
     if tuned < base:
