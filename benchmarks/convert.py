@@ -90,7 +90,7 @@ def make_model(folder: Path, shape: str) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_tuner.models.model import skeleton
+    from mlx_tuner.models.architecture import skeleton
 
     config = json.loads((shared() / "qwen2.5-coder" / f"config-{shape}.json").read_text())
     folder.mkdir(parents=True)

@@ -171,7 +171,8 @@ def model_of(args: Any) -> Any:
     """The model, or one of the real shape with random weights; evaluated."""
     import mlx.core as mx
 
-    from mlx_tuner.models.model import load, skeleton
+    from mlx_tuner.models.architecture import skeleton
+    from mlx_tuner.models.model import load
 
     if args.model:
         model = load(Path(args.model)).model

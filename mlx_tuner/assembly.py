@@ -24,7 +24,8 @@ from mlx_tuner.errors import Fault, RecipeError
 from mlx_tuner.models import adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import prompt_tokens
-from mlx_tuner.models.model import Loaded, dtype_of
+from mlx_tuner.models.architecture import dtype_of
+from mlx_tuner.models.model import Loaded
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import DataTable, Recipe
 

@@ -19,7 +19,7 @@ from mlx_tuner.engine.batching import MIN_SHARED_PREFIX, Sizes, sizes_of
 from mlx_tuner.engine.memory import StepMemory
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.models import model as models
+from mlx_tuner.models import architecture
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.run import SUMMARY, read_summary
@@ -70,7 +70,7 @@ class Memory:
 
 def skeleton(recipe: Recipe, config: dict[str, Any]) -> nn.Module:
     """The recipe's model with its adapter, of the right shapes and types, never computed."""
-    model = models.skeleton(config)
+    model = architecture.skeleton(config)
     model.set_dtype(getattr(mx, config.get("torch_dtype") or config.get("dtype") or "float32"))
     assembly.attach_adapter(model, recipe)
     return model

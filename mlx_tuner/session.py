@@ -18,8 +18,8 @@ from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.trainer import StepResult, Trainer, train
 from mlx_tuner.errors import Fault, RunError, RunStopped
-from mlx_tuner.models import model as models
 from mlx_tuner.models.answers import answer_all
+from mlx_tuner.models.architecture import parameter_count
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.identity import Identity
@@ -232,7 +232,7 @@ class Session:
             rank=self.recipe.lora.rank,
             total_steps=len(self.learning_rates),
             trainable_parameters=assembly.trainable_parameters(self.trainer.model),
-            total_parameters=models.parameter_count(self.trainer.model),
+            total_parameters=parameter_count(self.trainer.model),
             valid_rows=len(valid) if valid is not None else 0,
             data_notes=self.data.train.notes,
             machine=story.machine(device.facts()),

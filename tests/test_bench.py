@@ -26,7 +26,7 @@ from mlx_tuner.engine import batching, lora
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.errors import ModelError, UsageError
-from mlx_tuner.models import model as models
+from mlx_tuner.models import architecture
 from mlx_tuner.show.progress import Display
 from mlx_tuner.show.terminal import console
 from mlx_tuner.system import device
@@ -371,9 +371,9 @@ def test_rows_of_one_length_are_of_that_length(length: int) -> None:
     ],
 )
 def test_shapes_have_the_parameters_of_the_models(shape: str, billions: float) -> None:
-    skeleton = models.skeleton(model.config_of(shape))
+    skeleton = architecture.skeleton(model.config_of(shape))
     skeleton.freeze()
-    assert models.parameter_count(skeleton) / 1e9 == pytest.approx(billions, abs=0.0006)
+    assert architecture.parameter_count(skeleton) / 1e9 == pytest.approx(billions, abs=0.0006)
 
 
 def test_an_unknown_shape_is_answered_with_a_known_one() -> None:

@@ -84,7 +84,6 @@ def test_examples_are_the_rows_encoded_with_their_lines(tmp_path, tokenizer):
     lost = expected[2].truncated_tokens
     assert note.startswith(f"1 row cut: {lost} tokens and the end of the turn are lost")
     assert note.endswith(f"data.max_seq_length = {50 + lost} keeps all")
-    assert dataset.longest_positions[0] == 2
     assert dataset.survey.longest == 50
     with pytest.raises(IndexError):
         dataset.examples([4])
@@ -245,9 +244,7 @@ def test_parts_have_figures_of_their_own(tmp_path, tokenizer):
         examples = part.examples(range(len(part)))
         assert part.tokens == sum(len(e.tokens) for e in examples)
         assert part.target_tokens == sum(int(e.loss_mask.sum()) for e in examples)
-        assert len(part.examples(part.longest_positions[:1].tolist())[0].tokens) == max(
-            len(e.tokens) for e in examples
-        )
+        assert part.survey.longest == max(len(e.tokens) for e in examples)
 
 
 def test_what_is_surveyed_is_shown_where_a_file_is_large(tmp_path, tokenizer, monkeypatch):

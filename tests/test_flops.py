@@ -22,7 +22,7 @@ from mlx_tuner.engine import batching, flops, forward, lora, sums
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.forward import Layout, prefix_states
 from mlx_tuner.engine.trainer import Trainer
-from mlx_tuner.models import model
+from mlx_tuner.models import architecture
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -106,7 +106,7 @@ def _trainer(
     config: dict[str, Any], targets: Sequence[str], num_layers: int, micro_batch_tokens: int
 ) -> Trainer:
     mx.random.seed(0)
-    tiny = model.skeleton(config)
+    tiny = architecture.skeleton(config)
     lora.attach(tiny, rank=3, scale=2.0, target_modules=targets, num_layers=num_layers)
     return Trainer(tiny, micro_batch_tokens=micro_batch_tokens)
 

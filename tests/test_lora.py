@@ -6,7 +6,7 @@ from tiny import BASE, FAMILIES, tiny_model
 
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import ModelError
-from mlx_tuner.models.model import parameter_count, skeleton
+from mlx_tuner.models.architecture import parameter_count, skeleton
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -12,7 +12,7 @@ from mlx_tuner.engine import batching, lora, memory
 from mlx_tuner.engine.backend import CPU, GPU
 from mlx_tuner.engine.batching import Sizes
 from mlx_tuner.engine.trainer import Trainer, train
-from mlx_tuner.models.model import skeleton
+from mlx_tuner.models.architecture import skeleton
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

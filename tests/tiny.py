@@ -14,7 +14,7 @@ from mlx_tuner.bench.model import FAMILIES as ALL_FAMILIES
 from mlx_tuner.bench.model import tiny_config
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Example
-from mlx_tuner.models.model import skeleton
+from mlx_tuner.models.architecture import skeleton
 
 BASE = tiny_config("qwen2")
 VOCABULARY = BASE["vocab_size"]

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.models import model as models
+from mlx_tuner.models.architecture import skeleton
 
 # family-size: hidden, intermediate, layers, heads, kv heads, vocabulary; the head is tied to the
 # embedding where the vocabulary is 151,936 and the size is below 7B. From the published configs.
@@ -148,7 +149,7 @@ def hub_name(shape: str) -> str:
 def random_model(config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
     """A model of the config with random weights, in memory; quantised where the config says so."""
     mx.random.seed(0)
-    model = models.skeleton(config)
+    model = skeleton(config)
     model.set_dtype(dtype)
     for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)  # one by one: never all the intermediate values at once
@@ -157,7 +158,7 @@ def random_model(config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
 
 def twin(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Another model of the same config on the same weights, which take no memory twice."""
-    other = models.skeleton(config)
+    other = skeleton(config)
     other.update(model.parameters())
     return other
 

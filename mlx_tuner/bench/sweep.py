@@ -15,7 +15,7 @@ from mlx_tuner import assembly
 from mlx_tuner.bench import model as random
 from mlx_tuner.bench.speed import train_pass
 from mlx_tuner.bench.work import Settings, Work, adapted, choose, gemm_tflops, work_of
-from mlx_tuner.models.model import dtype_of
+from mlx_tuner.models.architecture import dtype_of
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
 

@@ -16,6 +16,7 @@ from mlx_tuner.engine import batching, flops, lora, memory
 from mlx_tuner.engine.batching import Example, Step
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, ModelError, UsageError
+from mlx_tuner.models import architecture
 from mlx_tuner.models import model as models
 from mlx_tuner.system import device
 
@@ -105,7 +106,7 @@ class Work:
     @cached_property
     def needed_bytes(self) -> int:
         """What training needs at least, with the smallest micro-batches that rows allow."""
-        model = adapted(models.skeleton(self.config))
+        model = adapted(architecture.skeleton(self.config))
         model.set_dtype(compute_dtype())
         return self.step_bytes(model, max(memory.SMALLEST, self._longest_row))
 
@@ -144,7 +145,7 @@ class Work:
         return {
             "model": self.name,
             "config": self.config,
-            "dtype": str(models.dtype_of(trainer.model)).removeprefix("mlx.core."),
+            "dtype": str(architecture.dtype_of(trainer.model)).removeprefix("mlx.core."),
             "quantize": settings.quantize,
             "batch_size": settings.batch_size,
             "seq": settings.seq,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlx_tuner import assembly, needs
 from mlx_tuner.data.dataset import Dataset, Task, untold
 from mlx_tuner.models import model as models
+from mlx_tuner.models.architecture import parameter_count
 from mlx_tuner.models.folder import has_tokenizer
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
@@ -80,7 +81,7 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
     memory = needs.memory_of(recipe, model, config, data.train)
     step = needs.step_memory(recipe, model, config)
     trainable = assembly.trainable_parameters(model)
-    total = models.parameter_count(model)
+    total = parameter_count(model)
     epoch = schedule.steps_per_epoch(rows, recipe.train.batch_size)
     seconds, by = needs.seconds_of(
         recipe, tokens=data.train.tokens * len(rates) // epoch, total_parameters=total

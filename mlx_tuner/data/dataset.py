@@ -282,12 +282,6 @@ class Dataset:
         return total if self.is_counted else round(total / max(len(usable), 1) * len(self))
 
     @property
-    def longest_positions(self) -> np.ndarray:
-        """Positions of the surveyed rows, the one of most tokens first: int64."""
-        lengths = self.survey.tokens[self.survey.usable]
-        return np.argsort(lengths, kind="stable")[::-1]
-
-    @property
     def rows_per_second(self) -> float | None:
         """Rows of the file read and encoded in a second of doing so."""
         reader = self._reader

@@ -15,9 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_tuner.errors import Fault, ModelError, first_line
 from mlx_tuner.models import chat_template
-from mlx_tuner.models.architecture import dtype_of as dtype_of
-from mlx_tuner.models.architecture import parameter_count as parameter_count
-from mlx_tuner.models.architecture import skeleton as skeleton
 from mlx_tuner.models.folder import TOKENIZER, check_folder, read_optional
 from mlx_tuner.models.model_files import check_model_folder
 

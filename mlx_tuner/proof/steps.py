@@ -21,6 +21,7 @@ from mlx_tuner.engine.batching import Example, Step
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.models import model as models
+from mlx_tuner.models.architecture import skeleton
 from mlx_tuner.proof.operations import LENGTHS, PREFIX, relative
 from mlx_tuner.proof.sides import DTYPES, TRUTH, Outcome, Side
 
@@ -97,7 +98,7 @@ def _trainer(
 ) -> Trainer:
     """A trainer on an adapter that is not zero; micro-batches so small that there are several."""
     config, weights, factors = _weights(name)
-    model = models.skeleton(config)
+    model = skeleton(config)
     model.update(tree_map(lambda x: x.astype(DTYPES[dtype]), weights))
     lora.attach(model, rank=4, scale=2.0, dropout=dropout, target_modules="all-linear")
     model.update(tree_unflatten(list(factors.items())))
