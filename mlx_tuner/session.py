@@ -23,13 +23,13 @@ from mlx_tuner.models.architecture import parameter_count
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.identity import Identity
+from mlx_tuner.runs.meter import Meter
 from mlx_tuner.runs.metrics import (
     FINISHED,
     STOPPED,
     STOPPED_EARLY,
     EvalRecord,
     Facts,
-    Meter,
     Sample,
     Summary,
 )
@@ -249,6 +249,7 @@ class Session:
             self._epoch,
             memory_gb=(mx.get_active_memory() + mx.get_cache_memory()) / 1e9,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
+            restarts=self.progress.restarts,
         )
         self._reporter.record(record)
 

@@ -24,7 +24,7 @@ from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.tables import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
-from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
+from mlx_tuner.runs.metrics import EvalRecord, TrainRecord, train_records
 from mlx_tuner.show.progress import Display
 from mlx_tuner.training import finetune
 
@@ -544,6 +544,9 @@ def test_a_run_that_sleeps_and_whose_child_is_killed_ends_as_if_nothing_had_been
     assert "hung" not in said
     assert_same_adapter(path, tmp_path / "run")
     assert runs.read_summary(tmp_path / "run").restarts == 1
+    counts = [line.restarts for line in train_records(runs.read_records(tmp_path / "run"))]
+    assert counts == sorted(counts)
+    assert counts[-1] == 1
 
 
 def wait_for_checkpoint(run, process):

@@ -17,7 +17,7 @@ import pytest
 
 from mlx_tuner.bench.model import config_of
 from mlx_tuner.bench.model import rows as bench_rows
-from mlx_tuner.data.order import Permutation
+from mlx_tuner.data.order import shuffled
 from mlx_tuner.engine import batching, flops, forward, lora, sums
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.forward import Layout, prefix_states
@@ -210,7 +210,7 @@ def test_a_gpus_tiles_add_a_twentieth_and_its_groups_nothing(rows: int, epochs: 
     def job(backend: Backend) -> int:
         total = 0
         for epoch, first in product(range(epochs), range(0, rows, 8)):
-            at = Permutation(42, epoch, rows).slice(first, min(first + 8, rows))
+            at = shuffled(42, epoch, rows)[first : first + 8]
             step = batching.make_micro_batches([given[i] for i in at], 4096, backend=backend)
             total += flops.step_flops(shape, step, adapters).total
         return total

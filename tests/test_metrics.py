@@ -1,4 +1,4 @@
-"""metrics.py: what is logged is what happened."""
+"""metrics.py, meter.py: what is logged is what happened."""
 
 import json
 import math
@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from run_records import FACTS, evaluation, train_record
 
 from mlx_tuner.engine.trainer import StepResult
-from mlx_tuner.runs import metrics
+from mlx_tuner.runs import meter as meters
+from mlx_tuner.runs.meter import Meter
 from mlx_tuner.runs.metrics import (
     EvalRecord,
-    Meter,
     Summary,
     TrainRecord,
     best_evaluation,
@@ -34,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(metrics.time, "monotonic", clock)
+    monkeypatch.setattr(meters.time, "monotonic", clock)
     return clock
 
 
@@ -223,6 +223,7 @@ def test_records_survive_json(steps, numbers, counts):
         memory_gb=numbers[3],
         peak_memory_gb=numbers[4],
         elapsed_seconds=numbers[5],
+        restarts=counts[0],
     )
     assert record_from_json(json.loads(line.model_dump_json())) == line
 

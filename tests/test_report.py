@@ -90,6 +90,11 @@ def test_a_stopped_run_says_how_far_it_came_and_how_to_go_on():
 
 def test_steps_that_were_left_out_are_told():
     assert "2 steps left out" in text_of(users_run(), nonfinite_steps=2)
+
+
+def test_restarts_are_told_where_there_were_any():
+    assert "restarts" not in text_of(users_run())
+    assert "restarts      3: training died" in text_of(users_run(), restarts=3)
     assert "left out" not in text_of(users_run())
 
 

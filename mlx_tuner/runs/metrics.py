@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,15 +12,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    PrivateAttr,
     ValidationError,
     computed_field,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from mlx_tuner.engine.trainer import StepResult
 
 FINISHED, STOPPED_EARLY, STOPPED, RUNNING = "finished", "stopped early", "stopped", "running"
 
@@ -81,6 +76,8 @@ class TrainRecord(Figures):
     """The most that was active so far, 10⁹ bytes."""
     elapsed_seconds: Number
     """Since the start of the run, evaluations and saving included."""
+    restarts: int = 0
+    """Of the training process so far, by itself, after it died."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -336,76 +333,6 @@ def summarise(
     )
 
 
-class Meter(Figures, frozen=False):
-    """Adds up steps until they are logged; what it has then is all that a checkpoint must keep."""
-
-    losses: list[Number] = []
-    grad_norms: list[Number] = []
-    learning_rate: Number = math.nan
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    trained_tokens: int = 0
-    """Of the whole run."""
-    other_seconds: dict[str, float] = {}
-    """Of the whole run, by what they went to."""
-    earlier_seconds: float = 0.0
-    """Of the processes that this one resumes."""
-    _started: float = PrivateAttr(default_factory=lambda: time.monotonic())
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """Since the start of the run, in this process and those that it resumes."""
-        return self.earlier_seconds + time.monotonic() - self._started
-
-    @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Count the time in the block as gone to this."""
-        start = time.monotonic()
-        yield
-        self._spend(what, time.monotonic() - start)
-
-    def step(self, result: StepResult) -> None:
-        """Take in one optimizer step."""
-        self.losses.append(_rounded(result.loss))
-        self.grad_norms.append(_rounded(result.grad_norm))
-        self.learning_rate = result.learning_rate
-        self.rows += result.rows
-        self.tokens += result.tokens
-        self.seconds += result.seconds
-        self.trained_tokens += result.target_tokens
-        self._spend("waiting for rows", result.waited)
-
-    def record(
-        self, step: int, epoch: float, *, memory_gb: float, peak_memory_gb: float
-    ) -> TrainRecord:
-        """The log line of the steps since the one before."""
-        made = TrainRecord(
-            step=step,
-            epoch=epoch,
-            losses=self.losses,
-            grad_norms=self.grad_norms,
-            learning_rate=self.learning_rate,
-            rows=self.rows,
-            tokens=self.tokens,
-            seconds=self.seconds,
-            trained_tokens=self.trained_tokens,
-            memory_gb=memory_gb,
-            peak_memory_gb=peak_memory_gb,
-            elapsed_seconds=self.elapsed_seconds,
-        )
-        self.losses, self.grad_norms = [], []
-        self.rows, self.tokens, self.seconds = 0, 0, 0.0
-        return made
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that `from_json` goes on as if nothing had happened."""
-        return self.to_json() | {"earlier_seconds": self.elapsed_seconds}
-
-    def _spend(self, what: str, seconds: float) -> None:
-        self.other_seconds[what] = self.other_seconds.get(what, 0.0) + seconds
-
-
 def rate(amount: float, per: float) -> float:
     """Amount / per; nothing of a clock that stands still."""
     return amount / per if per > 0 else 0.0
@@ -415,8 +342,3 @@ def mean(values: Sequence[float]) -> float:
     """Of the finite values; not-a-number where there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _rounded(value: float) -> float:
-    """In the seven digits that an fp32 number has."""
-    return float(f"{value:.7g}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_tuner.runs.metrics import RUNNING, Facts, Meter, Record, Sample, Summary, summarise
+from mlx_tuner.runs.meter import Meter
+from mlx_tuner.runs.metrics import RUNNING, Facts, Record, Sample, Summary, summarise
 from mlx_tuner.runs.run import (
     GRAD_NORM_PLOT,
     LOSS_PLOT,

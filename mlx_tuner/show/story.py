@@ -79,6 +79,11 @@ def numbers(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.nonfinite_steps:
         steps = plural(summary.nonfinite_steps, "step")
         yield "skipped", f"{steps} left out: loss or gradient not finite"
+    if summary.restarts:
+        yield (
+            "restarts",
+            f"{summary.restarts:,}: training died, and went on from its last checkpoint",
+        )
     spent = ", ".join(f"{duration(s)} {what}" for what, s in time_spent(summary).items())
     yield "time", f"{duration(summary.runtime_seconds)}: {spent}"
     epoch, step = duration(summary.seconds_per_epoch), duration(summary.seconds_per_step)
