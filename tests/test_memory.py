@@ -1,13 +1,15 @@
 """The estimate of a step's memory is what a step takes."""
 
+import gc
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny import BASE, random_rows
+from tiny import random_rows
 
+from mlx_tuner.bench.model import tiny_config
 from mlx_tuner.engine import batching, lora, memory
 from mlx_tuner.engine.backend import CPU, GPU
 from mlx_tuner.engine.batching import Sizes
@@ -16,8 +18,9 @@ from mlx_tuner.models.architecture import skeleton
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-SHAPE = {
-    **{key: value for key, value in BASE.items() if key != "head_dim"},
+LINEAR_ATTENTION = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]
+ALL = [*QKVO, *MLP, *LINEAR_ATTENTION]
+SIZES = {
     "hidden_size": 128,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -37,6 +40,8 @@ CONFIGURATIONS = {
     "a large vocabulary": {"shape": {"vocab_size": 20_000}},
     "a wide MLP": {"shape": {"intermediate_size": 2048, "num_hidden_layers": 4}},
     "many keys": {"shape": {"num_key_value_heads": 8}, "lengths": [200] * 4},
+    "linear attention": {"family": "qwen3_5", "targets": ALL, "lengths": [120] * 8},
+    "linear attention again": {"family": "qwen3_5", "targets": ALL, "checkpointing": True},
     "several micro-batches": {"micro_batch_tokens": 300, "lengths": [100] * 12, "prefix": 24},
     "a high rank": {"targets": [*QKVO, *MLP], "rank": 64},
 }
@@ -55,6 +60,7 @@ def test_a_step_takes_what_is_estimated(name):
 
 
 def measured(
+    family="qwen2",
     shape=None,
     lengths=(100,) * 8,
     targets=QKVO,
@@ -64,7 +70,8 @@ def measured(
     checkpointing=False,
 ):
     """The peak of two steps, and its estimate, both in bytes and without other arrays."""
-    config = {**SHAPE, **(shape or {})}
+    config = tiny_config(family, **{**SIZES, **(shape or {})})
+    gc.collect()  # else models of earlier tests would be freed under way
     before = mx.get_active_memory()
     model = skeleton(config)
     mx.eval(model.parameters())
@@ -93,7 +100,7 @@ def measured(
 def needs_of(backend=CPU, **changes):
     arguments = {"weights": 3_000_000_000, "trainable_parameters": 4_000_000}
     return memory.step_memory(
-        {**SHAPE, "vocab_size": 150_000, **changes},
+        tiny_config("qwen2", **{**SIZES, "vocab_size": 150_000, "head_dim": None, **changes}),
         2,
         target_modules=QKVO,
         backend=backend,

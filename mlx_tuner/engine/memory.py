@@ -11,9 +11,10 @@ heads, F intermediate size, in the dtype of the weights:
     A · h       attention's probabilities, where it is not
     N · 2F      both branches of the MLP; N · F more where down_proj reads their product
 
-and in fp32 without fused kernels N · F for the sigmoid. With checkpointing it keeps N · D a block,
-and one block at a time is whole. On top comes what the head holds of a chunk of logits. The factors
-are fitted to measured peaks; a run's rehearsal holds the estimate to its own.
+and in fp32 without fused kernels N · F for the sigmoid. Linear attention keeps what
+`linear_attention.token_numbers` says. With checkpointing a micro-batch keeps N · D a block, and one
+block at a time is whole. On top comes what the head holds of a chunk of logits. The factors are
+fitted to measured peaks; a run's rehearsal holds the estimate to its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.batching import SLOTS_PER_TOKEN, Sizes
+from mlx_tuner.engine.linear_attention import token_numbers
 
 SMALLEST, LARGEST = 512, 16_384
 """Bounds of an automatic ``micro_batch_tokens``: fewer starve the GPU, more gain nothing."""
@@ -47,6 +49,8 @@ class StepMemory:
     """Blocks that are kept …"""
     work: float
     """… and what the backward pass of one that is computed again works with, in blocks."""
+    recurrence: float
+    """Of a token, what the backward pass of one block's linear attention works with."""
     carried: float
     """Of a token, kept of blocks that are computed again."""
     target: float
@@ -65,10 +69,11 @@ class StepMemory:
         block = self.token * sizes.tokens + self.slot * sizes.slots + self.score * sizes.scores
         head = min(self.target * sizes.targets, self.chunk)
         kept = self.carried * sizes.tokens + self.kept * block
+        work = self.recurrence * sizes.tokens + self.work * block
         return {
             "weights": self.weights,
             "adapter and moments": self.adapter,
-            "activations": int(kept + max(self.work * block - head, 0)),
+            "activations": int(kept + max(work - head, 0)),
             "logits": int(head),
         }
 
@@ -105,6 +110,7 @@ class StepMemory:
             token=scale * self.token,
             slot=scale * self.slot,
             score=scale * self.score,
+            recurrence=scale * self.recurrence,
             carried=scale * self.carried,
             target=scale * self.target,
             chunk=int(scale * self.chunk),
@@ -148,19 +154,26 @@ def step_memory(
         inner += text.get("shared_expert_intermediate_size", 0)
     adapted = set(target_modules)
     sigmoid = itemsize == 4 and not backend.fused
+    every = text.get("full_attention_interval", 1)  # the other blocks are Gated DeltaNet
+    softmax = 1 / every
     token = (
-        hidden * (2 + bool(adapted & {"q_proj", "k_proj", "v_proj"}))
+        hidden * 2
         + hidden * bool(adapted & {"gate_proj", "up_proj"})
-        + queries * ("o_proj" in adapted)
         + inner * (2 + sigmoid + ("down_proj" in adapted))
+        + softmax * hidden * bool(adapted & {"q_proj", "k_proj", "v_proj"})
+        + softmax * queries * ("o_proj" in adapted)
     )
-    slot = queries + 2 * keys + queries * (not backend.keeps_scores)
-    score = heads * backend.keeps_scores
-    if every := text.get("full_attention_interval"):  # the other blocks are Gated DeltaNet
-        slot, score = slot / every, score / every
-        channels = 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    slot = softmax * (queries + 2 * keys + queries * (not backend.keeps_scores))
+    score = softmax * heads * backend.keeps_scores
+    recurrence = 0.0
+    if every > 1:
+        held, recurrence = token_numbers(text, backend.recurrence_chunk, wide=itemsize == 4)
         values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
-        token += (1 - 1 / every) * (channels + 4 * values)
+        token += (1 - softmax) * (
+            held
+            + hidden * any(name.startswith("in_proj") for name in adapted)
+            + values * ("out_proj" in adapted)
+        )
     blocks = text["num_hidden_layers"]
     return StepMemory(
         weights=weights,
@@ -170,9 +183,11 @@ def step_memory(
         slot=itemsize * slot,
         score=itemsize * score,
         # The last block keeps what is at targets alone; the backward pass begins beside what the
-        # head leaves. A block that is computed again has all of its gradients at a time.
+        # head leaves. A block that is computed again has all of its gradients at a time, but for
+        # those that `recurrence` counts.
         kept=0 if checkpointing else blocks - 0.1,
-        work=2.6 if checkpointing else 0,
+        work=(1.7 if recurrence else 2.6) if checkpointing else 0,
+        recurrence=4 * recurrence,
         carried=itemsize * blocks * hidden if checkpointing else 0,
         target=4 * 4 * text["vocab_size"],
         chunk=4 * backend.chunk_bytes,
