@@ -216,7 +216,7 @@ WRITERS = {
 }
 ALLOWED = {
     ("models.weights", "_write_shard"),  # fills a folder that its caller has from `files.staging`
-    ("conversion.convert", "copy_companions"),  # the same
+    ("conversion.work", "copy_companions"),  # the same
     ("system.hub", "_fetched"),  # removes a damaged download from the Hub's own cache
 }
 

@@ -22,9 +22,11 @@ from mlx_lm.convert import convert as mlx_lm_convert
 from model_folders import BUILTIN, CONFIGS, write_model
 
 from mlx_tuner.cli import main
-from mlx_tuner.conversion import convert as convert_module
-from mlx_tuner.conversion.convert import PROMPT, compare_logits, convert
+from mlx_tuner.conversion import fidelity
+from mlx_tuner.conversion.convert import convert
+from mlx_tuner.conversion.fidelity import PROMPT, compare_logits
 from mlx_tuner.conversion.logits import load_in_float32, logits_of
+from mlx_tuner.conversion.work import Work
 from mlx_tuner.errors import ModelError, RunError, UsageError
 from mlx_tuner.models import weights
 from mlx_tuner.models.model_files import check_model_folder
@@ -102,7 +104,7 @@ def test_the_folder_is_complete_and_loads_and_says_how_good_it_is(bits, tmp_path
     assert tokenizer.chat_template is not None
     assert tokenizer.eos_token_ids == mlx_lm_utils.load(str(BUILTIN))[1].eos_token_ids
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| {made.check.rows()[0][1]} |" in card
+    assert f"| {made.check.lines()[0][1]} |" in card
     assert (made.check.max_error > 0) is (made.check.relative_error > 0) is True
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -207,13 +209,13 @@ def test_every_model_type_is_compared_and_close_to_its_source(model_type, tmp_pa
 def test_a_result_beyond_its_expected_error_is_refused_and_not_kept(
     source, tmp_path, monkeypatch, options
 ):
-    compute = convert_module._Work.compute
+    compute = Work.compute
 
     def swapped(work, name):
         value = compute(work, name)
         return value[::-1] if name == "model.layers.1.mlp.up_proj.weight" else value
 
-    monkeypatch.setattr(convert_module._Work, "compute", swapped)
+    monkeypatch.setattr(Work, "compute", swapped)
     with pytest.raises(ModelError, match="standard deviations off, where"):
         run(source, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -221,7 +223,7 @@ def test_a_result_beyond_its_expected_error_is_refused_and_not_kept(
 
 def test_a_result_that_cannot_be_compared_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        convert_module, "logits_of", lambda load, tokens, at: np.full((len(at), 2048), np.nan)
+        fidelity, "logits_of", lambda load, tokens, at: np.full((len(at), 2048), np.nan)
     )
     with pytest.raises(ModelError, match="nan standard deviations"):
         run(source, tmp_path / "out")
@@ -254,14 +256,14 @@ def test_each_block_is_let_go_of_once_it_has_computed(source):
 def test_quantised_weights_of_another_layer_are_beyond_what_rounding_explains(
     source, tmp_path, monkeypatch, bits
 ):
-    compute = convert_module._Work.compute
+    compute = Work.compute
     names = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(3) for kind in ("up", "gate")]
 
     def swapped(work, name):
         value = compute(work, name)
         return value[::-1] if name.startswith(tuple(names)) else value
 
-    monkeypatch.setattr(convert_module._Work, "compute", swapped)
+    monkeypatch.setattr(Work, "compute", swapped)
     with pytest.raises(ModelError, match=f"where {bits} bits in groups of 64 explains"):
         run(source, tmp_path / "out", bits=bits)
 

@@ -20,7 +20,7 @@ from run_records import evaluation, summary_of, train_record
 from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.convert import convert
-from mlx_tuner.conversion.fidelity import Check, require_kept
+from mlx_tuner.conversion.fidelity import Fidelity, require_kept
 from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError, UsageError
 from mlx_tuner.models.adapter import apply, write_adapter
@@ -341,7 +341,7 @@ def refusal(kind, *arguments, **options):
 def test_half_of_a_fine_tune_is_the_limit(tmp_path, quantised):
     """Of a quantised result half must be kept; any other may be off by half."""
     for amount, lost in ((0.45, quantised), (0.55, not quantised)):
-        check = Check("", kept=amount, error=amount, base_loss=1, tuned_loss=1, fused_loss=1)
+        check = Fidelity("", kept=amount, error=amount, base_loss=1, tuned_loss=1, fused_loss=1)
         if lost:
             with pytest.raises(ModelError, match="nothing was written"):
                 require_kept(check, tmp_path, quantised=quantised)

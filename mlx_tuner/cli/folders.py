@@ -59,7 +59,7 @@ def convert(
     for note in made.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{output}: {model} in {made.form}, {made.bytes / 1e9:.2f} GB")
-    for name, value in made.check.rows() if made.check else ():
+    for name, value in made.check.lines() if made.check else ():
         click.echo(f"{name:>30}  {value}")
     if push:
         click.echo(hub.push(output, push))

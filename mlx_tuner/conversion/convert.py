@@ -6,49 +6,29 @@ pass through memory a tensor at a time, and the result's logits are compared wit
 
 from __future__ import annotations
 
-import io
-import math
-import shutil
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_tuner import __version__
-from mlx_tuner.conversion.logits import load_in_float32, logits_of, mean_loss
-from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
-from mlx_tuner.models.folder import (
-    CODE_KEYS,
-    COMPANIONS,
-    CONFIG,
-    TOKENIZER_CONFIG,
-    read_optional,
-)
+from mlx_tuner.conversion.fidelity import PROMPT, LogitError, compare_logits
+from mlx_tuner.conversion.work import CARD, DROPPED, Work, card_table, quantise, require_outside
+from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
-from mlx_tuner.models.weights import is_finite, write_weights
+from mlx_tuner.models.weights import is_finite
 from mlx_tuner.system import files
 
 if TYPE_CHECKING:
     from mlx_tuner.show.progress import Display
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-CARD = "README.md"
-
-DROPPED = {*CODE_KEYS, "_name_or_path", "vision_config"}  # mlx-lm converts the language model
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-
-PROMPT = '''def fibonacci(n):
-    """Return the n-th Fibonacci number."""
-    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
-'''
-"""What both models read; short, since they read it in float32."""
 
 _TOLERANCE: dict[str | int, float] = {
     "exact": 1e-5,
@@ -66,29 +46,6 @@ through a deep model. Beyond that a result is broken: two unrelated models diffe
 
 
 @dataclass(frozen=True)
-class Check:
-    """The result's logits against the source's on `PROMPT`, both computed in float32."""
-
-    max_error: float
-    mean_error: float
-    relative_error: float
-    """Root mean square of the error, in standard deviations of the source's logits."""
-    source_perplexity: float
-    perplexity: float
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What it found, as names and values to show."""
-        change = 100 * (self.perplexity / self.source_perplexity - 1)
-        return [
-            ("largest error of a logit", f"{self.max_error:.3g}"),
-            ("mean error of a logit", f"{self.mean_error:.3g}"),
-            ("error, in standard deviations", f"{self.relative_error:.3g}"),
-            ("perplexity of the source", f"{self.source_perplexity:.4g}"),
-            ("perplexity", f"{self.perplexity:.4g} ({change:+.2f} %)"),
-        ]
-
-
-@dataclass(frozen=True)
 class Conversion:
     """What was made."""
 
@@ -100,7 +57,7 @@ class Conversion:
     """Dtype, or bits and group size, in words."""
     bytes: int
     """Of the weights."""
-    check: Check | None
+    check: LogitError | None
     notes: tuple[str, ...]
 
 
@@ -132,17 +89,10 @@ def convert(
     output = output.absolute()
     files.require_new(output)
     source = check_model_folder(resolve(model, revision))
-    if output.resolve().is_relative_to(source.folder.resolve()):
-        what = f"lies in the model's own folder {source.folder}; choose another"
-        raise UsageError(Fault(str(output), "", what))
+    require_outside(output, source.folder, "model")
     tokenizer = load_tokenizer(source.folder)
-    work = _Work(source, dtype, bits, group_size)
-    require_space(output, work.bytes)
-    with files.staging(output) as folder:
-        with display.task(f"converting {model} to {work.form}", work.bytes) as advance:
-            write_weights(folder, work.weights, work.compute, advance)
-        copy_companions(source.folder, folder)
-        files.write_json(folder / CONFIG, work.config)
+    work = _Converted(source, dtype, bits, group_size)
+    with work.written(output, display, f"converting {model} to") as folder:
         check = None
         if verify:
             with display.task("comparing the result with the source"):
@@ -159,11 +109,8 @@ def convert(
     return made
 
 
-# ---- the model ---------------------------------------------------------------------------------
-
-
-class _Work:
-    """What a conversion writes: config, and tensors that are computed one by one and let go."""
+class _Converted(Work):
+    """A model in another dtype or in fewer bits, and the largest error that this explains."""
 
     def __init__(
         self, source: ModelFiles, dtype: str | None, bits: int | None, group_size: int
@@ -172,44 +119,35 @@ class _Work:
             what = "is quantised already; convert the model that it was made from"
             raise ModelError(Fault(str(source.folder), "", what))
         model, _ = mlx_lm_utils.load_model(source.folder, lazy=True)
-        self._folder = source.folder
         self._sources = dict(tree_flatten(model.parameters()))
-        self.config = {k: v for k, v in source.config.items() if k not in DROPPED}
-        self.dtype = dtype or _config_dtype(self.config)
-        if self.dtype is not None:
-            _cast(model, DTYPES[self.dtype])
-            _set_config_dtype(self.config, self.dtype)
+        config = {k: v for k, v in source.config.items() if k not in DROPPED}
+        self._dtype = dtype or _config_dtype(config)
+        if self._dtype is not None:
+            _cast(model, DTYPES[self._dtype])
+            _set_config_dtype(config, self._dtype)
         self._dense = dict(tree_flatten(model.parameters()))
         lossless = all(
             value.dtype in (self._sources[name].dtype, mx.float32)
             for name, value in self._dense.items()
         )
-        self.form = self.dtype or "the dtypes of the source"
-        self.tolerance = _TOLERANCE["exact" if lossless else self.form]
+        form = self._dtype or "the dtypes of the source"
+        self.tolerance = _TOLERANCE["exact" if lossless else form]
         if bits is not None:
-            self.config = quantise(model, self.config, bits, group_size, source.folder)
-            self.form = f"{bits} bits in groups of {group_size}"
+            config = quantise(model, config, bits, group_size, source.folder)
+            form = f"{bits} bits in groups of {group_size}"
             self.tolerance = _TOLERANCE[bits]
-        self.weights = dict(tree_flatten(model.parameters()))
-        self.bytes = sum(value.nbytes for value in self.weights.values())
+        super().__init__(source, config, dict(tree_flatten(model.parameters())), form)
 
-    def compute(self, name: str) -> mx.array:
-        """Take a tensor out of `weights`, computed.
-
-        Raises:
-            ModelError: it is not finite.
-        """
-        result, source = self.weights.pop(name), self._sources.pop(name, None)
+    def check(self, name: str, value: mx.array) -> None:
         # A layer is looked at before it is quantised: scales could hide what is not finite.
-        dense = self._dense.pop(name, None)
-        mx.eval([value for value in (result, dense) if value is not None])
-        if dense is not None and not is_finite(dense):
-            if source is not None and is_finite(source):
-                what = f"holds numbers too large for {self.dtype}; take --dtype bfloat16"
-            else:
-                what = "holds NaN or infinity; the model is damaged, download it again"
-            raise ModelError(Fault(str(self._folder), name, what))
-        return result
+        source, dense = self._sources.pop(name, None), self._dense.pop(name, None)
+        if dense is None or is_finite(dense):
+            return
+        if source is not None and is_finite(source):
+            what = f"holds numbers too large for {self._dtype}; take --dtype bfloat16"
+        else:
+            what = "holds NaN or infinity; the model is damaged, download it again"
+        raise ModelError(Fault(str(self.source.folder), name, what))
 
 
 def _config_dtype(config: dict[str, Any]) -> str | None:
@@ -237,56 +175,6 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     )
 
 
-def quantise(
-    model: nn.Module, config: dict[str, Any], bits: int, group_size: int, folder: Path
-) -> dict[str, Any]:
-    """Quantise the model's layers; returns the config that says so."""
-    takes = getattr(model, "quant_predicate", None) or (lambda path, layer: True)
-    faults = [
-        Fault(
-            str(folder),
-            path,
-            f"{layer.weight.shape[-1]} columns are not divisible by the group "
-            f"size {group_size}; choose another --group-size, or do not quantise",
-        )
-        for path, layer in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-        if hasattr(layer, "to_quantized")
-        and layer.weight.shape[-1] % group_size
-        and takes(path, layer)
-    ]
-    if faults:
-        raise ModelError(*faults)
-    with redirect_stdout(io.StringIO()):  # mlx-lm prints
-        _, config = mlx_lm_utils.quantize_model(model, config, group_size, bits)
-    return config
-
-
-# ---- files -------------------------------------------------------------------------------------
-
-
-def require_space(output: Path, needed: int) -> None:
-    """Refuse to begin what will not fit on the disk of `output`; `needed` is in bytes."""
-    place = next(path for path in output.parents if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        what = f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; make room"
-        raise RunError(Fault(str(output), "", what))
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what a model needs besides config and weights, without any mention of code."""
-    for name in COMPANIONS:
-        path = source / name
-        if not path.exists():
-            continue
-        settings = read_optional(path) if name == TOKENIZER_CONFIG else {}
-        if settings.keys() & set(CODE_KEYS):
-            kept = {k: v for k, v in settings.items() if k not in CODE_KEYS}
-            files.write_json(folder / name, kept)
-        else:
-            shutil.copyfile(path, folder / name)
-
-
 def _card(made: Conversion) -> str:
     """The folder's model card. It has no date and no path, so that it is the same every time."""
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
@@ -300,32 +188,8 @@ def _card(made: Conversion) -> str:
         lines += [
             "Compared with its source on a fixed prompt, both computed in float32:",
             "",
-            "| | |",
-            "| --- | --- |",
-            *(f"| {name} | {value} |" for name, value in made.check.rows()),
+            *card_table(made.check.lines()),
             "",
         ]
     lines += ["```sh", "mlx_lm.generate --model . --prompt hello", "```", ""]
     return "\n".join(lines)
-
-
-# ---- comparison --------------------------------------------------------------------------------
-
-
-def compare_logits(source: Path, result: Path, tokens: list[int]) -> Check:
-    """Compare two checked folders of a model; each passes through memory a layer at a time."""
-    batch, every = np.array([tokens]), np.arange(len(tokens))
-    expected, found = (
-        logits_of(lambda folder=folder: load_in_float32(folder), batch, every)  # type: ignore[misc]
-        for folder in (source, result)
-    )
-    error = np.abs(found - expected)
-    spread = float(np.sqrt(expected.var(axis=-1).mean()))
-    rms = float(np.sqrt(np.mean(np.square(error))))
-    return Check(
-        max_error=float(error.max()),
-        mean_error=float(error.mean()),
-        relative_error=rms / spread if rms else 0.0,
-        source_perplexity=math.exp(mean_loss(expected[:-1], batch[0, 1:])),
-        perplexity=math.exp(mean_loss(found[:-1], batch[0, 1:])),
-    )

@@ -1,7 +1,8 @@
-"""Whether a fused model still answers as its adapter on the base does."""
+"""Whether a model that was made answers as what it was made from: converted, or fused."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,12 @@ from mlx_tuner.conversion.logits import in_float32, load_in_float32, logits_of, 
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.adapter import Adapter, apply
 from mlx_tuner.models.model import load_tokenizer
+
+PROMPT = '''def fibonacci(n):
+    """Return the n-th Fibonacci number."""
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+'''
+"""What both models read; short, since they read it in float32."""
 
 PROMPTS = (
     "Write a Python function that reverses a string.",
@@ -33,7 +40,49 @@ _LEAST_KEPT = 0.5
 
 
 @dataclass(frozen=True)
-class Check:
+class LogitError:
+    """The result's logits against the source's on `PROMPT`, both computed in float32."""
+
+    max_error: float
+    mean_error: float
+    relative_error: float
+    """Root mean square of the error, in standard deviations of the source's logits."""
+    source_perplexity: float
+    perplexity: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What it found, as names and values to show."""
+        change = 100 * (self.perplexity / self.source_perplexity - 1)
+        return [
+            ("largest error of a logit", f"{self.max_error:.3g}"),
+            ("mean error of a logit", f"{self.mean_error:.3g}"),
+            ("error, in standard deviations", f"{self.relative_error:.3g}"),
+            ("perplexity of the source", f"{self.source_perplexity:.4g}"),
+            ("perplexity", f"{self.perplexity:.4g} ({change:+.2f} %)"),
+        ]
+
+
+def compare_logits(source: Path, result: Path, tokens: list[int]) -> LogitError:
+    """Compare two checked folders of a model; each passes through memory a layer at a time."""
+    batch, every = np.array([tokens]), np.arange(len(tokens))
+    expected, found = (
+        logits_of(lambda folder=folder: load_in_float32(folder), batch, every)  # type: ignore[misc]
+        for folder in (source, result)
+    )
+    error = np.abs(found - expected)
+    spread = float(np.sqrt(expected.var(axis=-1).mean()))
+    rms = float(np.sqrt(np.mean(np.square(error))))
+    return LogitError(
+        max_error=float(error.max()),
+        mean_error=float(error.mean()),
+        relative_error=rms / spread if rms else 0.0,
+        source_perplexity=math.exp(mean_loss(expected[:-1], batch[0, 1:])),
+        perplexity=math.exp(mean_loss(found[:-1], batch[0, 1:])),
+    )
+
+
+@dataclass(frozen=True)
+class Fidelity:
     """The fused model against the adapter on its base, as changes that each makes to logits.
 
     With t the logits of the adapter on its base, b of the base, f of the fused model and g of the
@@ -110,7 +159,7 @@ def compare(
     adapter: Adapter,
     fused: Callable[[], nn.Module],
     quantise_alike: Callable[[nn.Module], nn.Module] | None,
-) -> Check:
+) -> Fidelity:
     """Compare a fused model with the adapter on its base.
 
     Each model passes through memory a layer at a time.
@@ -143,13 +192,13 @@ def compare(
     t -= b
     wanted = _dot(t, t)
     if not wanted:  # an adapter as it was before training
-        return Check(rows.name, 1.0, float("inf") if f.any() else 0.0, *losses)
+        return Fidelity(rows.name, 1.0, float("inf") if f.any() else 0.0, *losses)
     kept = _dot(f, t) / wanted
     f -= t
-    return Check(rows.name, kept, (_dot(f, f) / wanted) ** 0.5, *losses)
+    return Fidelity(rows.name, kept, (_dot(f, f) / wanted) ** 0.5, *losses)
 
 
-def require_kept(check: Check, output: Path, *, quantised: bool) -> None:
+def require_kept(check: Fidelity, output: Path, *, quantised: bool) -> None:
     """Refuse a result without the fine-tune.
 
     Rounding to a few bits adds noise, in no direction; so of a quantised result the change only

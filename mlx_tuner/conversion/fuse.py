@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +13,18 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_tuner import __version__, assembly
-from mlx_tuner.conversion.convert import (
-    CARD,
-    DROPPED,
-    copy_companions,
-    quantise,
-    require_space,
-)
-from mlx_tuner.conversion.fidelity import ROWS, Check, Rows, compare, fixed_rows, require_kept
+from mlx_tuner.conversion.fidelity import ROWS, Fidelity, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.conversion.logits import load_in_float32
+from mlx_tuner.conversion.work import CARD, DROPPED, Work, card_table, quantise, require_outside
 from mlx_tuner.engine import lora
-from mlx_tuner.errors import Fault, ModelError, TunerError, UsageError
+from mlx_tuner.errors import Fault, ModelError, TunerError
 from mlx_tuner.models.adapter import Adapter, apply, named_as_in
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.base import check_base, resolve_base
-from mlx_tuner.models.folder import CODE_KEYS, CONFIG, GENERATION, read_optional
+from mlx_tuner.models.folder import CODE_KEYS, GENERATION, read_optional
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
-from mlx_tuner.models.weights import is_finite, write_weights
+from mlx_tuner.models.weights import is_finite
 from mlx_tuner.recipe.tables import Recipe, load_recipe
 from mlx_tuner.runs import own
 from mlx_tuner.runs.place import RECIPE
@@ -57,7 +51,7 @@ class Fused:
     """Dtypes, or bits and group size, in words."""
     bytes: int
     """Of the weights."""
-    check: Check
+    check: Fidelity
 
 
 def fuse(
@@ -88,16 +82,9 @@ def fuse(
     files.require_new(output)
     adapter = read_adapter(source)
     base = open_base(adapter, model)
-    if output.resolve().is_relative_to(base.folder.resolve()):
-        what = f"lies in the base's own folder {base.folder}; choose another"
-        raise UsageError(Fault(str(output), "", what))
-    work = _Work(base, adapter, bits, group_size)
-    require_space(output, work.bytes)
-    with files.staging(output) as folder:
-        with display.task(f"fusing into {work.form}", work.bytes) as advance:
-            write_weights(folder, work.weights, work.compute, advance)
-        files.write_json(folder / CONFIG, work.config)
-        copy_companions(base.folder, folder)
+    require_outside(output, base.folder, "base")
+    work = _Merged(base, adapter, bits, group_size)
+    with work.written(output, display, "fusing into") as folder:
         _write_end_tokens(base, folder)
         with display.task("comparing the result with the adapter"):
             rows = rows_to_compare(source, base.folder)
@@ -136,28 +123,27 @@ def merge(base: Path, adapter: Adapter, dtype: mx.Dtype | None = None) -> nn.Mod
     return mlx_lm_utils.dequantize_model(model)
 
 
-class _Work:
-    """What fusing writes: config, and tensors that are computed one by one and let go."""
+class _Merged(Work):
+    """An adapter in its base, under the base's own names unless it is quantised."""
 
     def __init__(
         self, base: ModelFiles, adapter: Adapter, bits: int | None, group_size: int
     ) -> None:
         model = merge(base.folder, adapter)
-        self._folder = base.folder
         self._fused = {f"{path}.weight" for path in named_as_in(model, adapter).modules}
         self.quantise_alike: Callable[[nn.Module], nn.Module] | None = None
         if bits is not None:
             config = {k: v for k, v in _dense_config(base.config).items() if k not in DROPPED}
-            self.config = quantise(model, config, bits, group_size, base.folder)
-            self.weights = dict(tree_flatten(model.parameters()))
-            self.form = f"{bits} bits in groups of {group_size}"
+            config = quantise(model, config, bits, group_size, base.folder)
+            weights = dict(tree_flatten(model.parameters()))
+            form = f"{bits} bits in groups of {group_size}"
             self.quantise_alike = lambda model: _rounded(model, base, bits, group_size)
         else:
-            self.config = _dense_config(base.config)
-            self.weights = self._named_as_in(base, model)
-            dtypes = {str(v.dtype).rpartition(".")[2] for v in self.weights.values()}
-            self.form = " and ".join(sorted(dtypes))
-        self.bytes = sum(value.nbytes for value in self.weights.values())
+            config = _dense_config(base.config)
+            weights = self._named_as_in(base, model)
+            dtypes = {str(v.dtype).rpartition(".")[2] for v in weights.values()}
+            form = " and ".join(sorted(dtypes))
+        super().__init__(base, config, weights, form)
 
     def _named_as_in(self, base: ModelFiles, model: nn.Module) -> dict[str, mx.array]:
         """The model's tensors as the base's files name them, which other programs know."""
@@ -181,18 +167,10 @@ class _Work:
         self._fused = {str(names[name]) for name in self._fused}
         return tensors
 
-    def compute(self, name: str) -> mx.array:
-        """Take a tensor out of `weights`, computed.
-
-        Raises:
-            ModelError: it is not finite.
-        """
-        value = self.weights.pop(name)
-        mx.eval(value)
+    def check(self, name: str, value: mx.array) -> None:
         if name in self._fused and mx.issubdtype(value.dtype, mx.floating) and not is_finite(value):
             what = f"is not finite in {value.dtype} once the adapter is in it"
-            raise ModelError(Fault(str(self._folder), name, what))
-        return value
+            raise ModelError(Fault(str(self.source.folder), name, what))
 
 
 def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +248,7 @@ def _write_card(folder: Path, made: Fused) -> None:
     lines += ["---", "", f"# {made.source.resolve().name}", ""]
     lines += [f"{base}, fine-tuned with LoRA and fused by mlx-tune {__version__}.", ""]
     if summary is not None:
-        lines += ["## Training", "", *_table(_training(summary)), ""]
+        lines += ["## Training", "", *card_table(_training(summary)), ""]
     plot = made.source / LOSS_PLOT
     if plot.is_file() and (image := plot.read_bytes()).startswith(_PNG):
         files.write_bytes(folder / LOSS_PLOT, image)
@@ -279,12 +257,8 @@ def _write_card(folder: Path, made: Fused) -> None:
         lines += ["## Recipe", "", "```toml", _without_places(recipe), "```", ""]
     lines += ["## Fusing", ""]
     lines += [f"Weights in {made.form}, compared with the adapter on its base in float32:", ""]
-    lines += [*_table(made.check.lines()), ""]
+    lines += [*card_table(made.check.lines()), ""]
     files.write_text(folder / CARD, "\n".join(lines))
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
 
 
 def _training(summary: Summary) -> list[tuple[str, str]]:

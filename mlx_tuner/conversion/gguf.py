@@ -14,13 +14,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_tuner.conversion.convert import require_space
-from mlx_tuner.conversion.fidelity import Check, compare, require_kept
+from mlx_tuner.conversion.fidelity import Fidelity, compare, require_kept
 from mlx_tuner.conversion.fuse import merge, open_base, rows_to_compare
 from mlx_tuner.conversion.gguf_names import Names, add_base
 from mlx_tuner.conversion.gguf_vocabulary import add_tokenizer
 from mlx_tuner.conversion.logits import in_float32
 from mlx_tuner.conversion.modelfile import modelfile
+from mlx_tuner.conversion.work import require_space
 from mlx_tuner.data.encode import unwrap
 from mlx_tuner.errors import Fault, ModelError, UsageError
 from mlx_tuner.models.adapter import Adapter
@@ -48,7 +48,7 @@ class Exported:
     modelfile: Path
     bytes: int
     """Of the weights."""
-    check: Check
+    check: Fidelity
 
 
 def export_gguf(
