@@ -19,7 +19,7 @@ from mlx_tuner.conversion.gguf import export_gguf
 from mlx_tuner.conversion.gguf_lora import export_gguf_lora
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.dora import DoRALinear
-from mlx_tuner.errors import ModelError, UsageError
+from mlx_tuner.errors import ModelError, RunError, UsageError
 from mlx_tuner.models.adapter import Adapter, apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
@@ -77,6 +77,23 @@ def test_the_reader_finds_the_fused_tensors(base, adapted, tmp_path, display, dt
             assert (np.abs(values - expected) <= ROUNDING[kind] * np.abs(expected) + 1e-7).all()
     assert made.bytes == sum(int(tensor.n_bytes) for tensor in reader.tensors)
     assert made.check.error < 0.1
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_file_that_does_not_hold_the_model_is_refused(
+    base, adapted, tmp_path, display, dtype, monkeypatch
+):
+    write = gguf.GGUFWriter.write_tensor_data
+
+    def spoilt(writer, data):
+        if data.ndim == 2:
+            data = data[::-1]
+        write(writer, np.ascontiguousarray(data))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", spoilt)
+    with pytest.raises(RunError, match="is not in the file as it was written"):
+        export_gguf(adapted, tmp_path / "model.gguf", display, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_metadata_is_what_llama_cpp_asks_for(base, adapted, tmp_path, display):

@@ -22,7 +22,7 @@ from mlx_tuner.conversion.logits import in_float32
 from mlx_tuner.conversion.modelfile import modelfile
 from mlx_tuner.conversion.work import require_space
 from mlx_tuner.data.encode import unwrap
-from mlx_tuner.errors import Fault, ModelError, UsageError
+from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
 from mlx_tuner.models.adapter import Adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
@@ -38,6 +38,8 @@ MODELFILE = "Modelfile"
 
 _BLOCK = 32
 """Weights of a row that share a scale in Q8_0."""
+_ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 254 + 2**-11}
+"""Largest error of a weight that is read back, as a part of its row's largest weight."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def export_gguf(
         UsageError: `output` or the Modelfile beside it is there already.
         ModelError: adapter or base cannot be used, llama.cpp has no such model or tokenizer, or
             the fine-tune would be lost.
-        RunError: the disk is too small, or writing failed.
+        RunError: the disk is too small, writing failed, or the file holds something else.
     """
     output = output.absolute()
     beside = output.parent / MODELFILE
@@ -95,8 +97,11 @@ def export_gguf(
             rounded if quantised else None,
         )
     require_kept(check, output, quantised=quantised)
-    with display.task(f"writing {output.name}", file.bytes) as advance:
-        file.write(output, advance)
+    with files.replacing(output) as temporary:
+        with display.task(f"writing {output.name}", file.bytes) as advance:
+            file.write(temporary, advance)
+        with display.task(f"reading {output.name} back"):
+            file.check(temporary, output)
     files.write_text(beside, ollama)
     return Exported(output, beside, file.bytes, check)
 
@@ -118,6 +123,7 @@ class _File:
     def __init__(
         self, base: ModelFiles, adapter: Adapter, tokenizer: Any, dtype: DType, name: str
     ) -> None:
+        self._adapter = adapter
         model = merge(base.folder, adapter, mx.float32)
         args = model.language_model.args if "language_model" in model else model.args
         self._names = Names(base, args)
@@ -146,19 +152,39 @@ class _File:
             self.bytes += size
 
     def write(self, path: Path, advance: Callable[[int], None]) -> None:
-        """Write the file, whole or not at all, one tensor in memory at a time.
+        """Write the file, one tensor in memory at a time.
 
         Raises:
             ModelError: a tensor is not finite.
         """
-        with files.replacing(path) as temporary, closing(self._writer) as writer:
-            writer.write_header_to_file(temporary)
+        with closing(self._writer) as writer:
+            writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name in list(self._tensors):
                 data = self._bytes(name, self._tensors.pop(name))
                 writer.write_tensor_data(data)
                 advance(data.nbytes)
+
+    def check(self, path: Path, output: Path) -> None:
+        """Compare the written file, as the gguf package reads it, with the merged model.
+
+        Args:
+            output: what faults call the file.
+
+        Raises:
+            RunError: a tensor is missing, or is off by more than rounding explains.
+        """
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        model = merge(self._folder, self._adapter, mx.float32)
+        weights = dict(tree_flatten(model.parameters()))
+        del model  # so that each tensor is freed once it is compared
+        for name in list(weights):
+            value = self._names.value(name, weights.pop(name).astype(mx.float32))
+            expected, found = np.array(value), stored.get(self._names.stored(name))
+            if found is None or not _is_close(found, expected):
+                what = "is not in the file as it was written; try again, or on another disk"
+                raise RunError(Fault(str(output), name, what))
 
     def _kind(self, value: mx.array) -> Any:
         if value.ndim != 2 or self._dtype == "f32":
@@ -179,6 +205,17 @@ class _File:
         if kind == self._types.Q8_0:
             return gguf.quants.quantize(np.array(value, copy=False), kind)
         return np.array(mx.contiguous(value).view(mx.uint8), copy=False)
+
+
+def _is_close(stored: Any, expected: np.ndarray) -> bool:
+    """Whether a tensor of a file is this one but for rounding."""
+    if stored.n_elements != expected.size:
+        return False
+    values = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(expected.shape)
+    largest = np.abs(expected).max(axis=-1, keepdims=True)
+    smallest = 2.0**-24  # of float16: what is less is nothing there
+    bound = _ROUNDING[stored.tensor_type.name] * largest + smallest
+    return bool((np.abs(values - expected) <= bound).all())
 
 
 # ---- what the dtype does to the weights ----------------------------------------------------------
