@@ -84,6 +84,7 @@ class WandB:
         import wandb
 
         offline = "offline" if wandb.api.api_key is None else "online"
+        mode: Any = os.environ.get("WANDB_MODE", offline)
         self._run = wandb.init(
             project=PROJECT,
             name=run.name,
@@ -91,7 +92,7 @@ class WandB:
             resume="allow",
             dir=str(run),
             config=dict(config),
-            mode=os.environ.get("WANDB_MODE", offline),
+            mode=mode,
             settings=wandb.Settings(silent=True, console="off"),
         )
 
