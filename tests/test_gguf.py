@@ -91,7 +91,7 @@ def test_a_file_that_does_not_hold_the_model_is_refused(
         write(writer, np.ascontiguousarray(data))
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", spoilt)
-    with pytest.raises(RunError, match="model.gguf: .*is not in the file as it was written"):
+    with pytest.raises(RunError, match=r"model.gguf: .*is not in the file as it was written"):
         export_gguf(adapted, tmp_path / "model.gguf", display, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
