@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +26,7 @@ from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.tables import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord, train_records
+from mlx_tuner.runs.place import is_running
 from mlx_tuner.show.progress import Display
 from mlx_tuner.training import finetune
 
@@ -192,14 +194,21 @@ def test_a_run_that_is_resumed_ends_bit_for_bit_as_if_never_stopped(finished, ro
 
 def stop_after(root, path, steps):
     """Run with a SIGTERM that comes in the given step."""
-    recipe = recipe_of(root)
+    done = run_with(recipe_of(root), path, f"if i == {steps}: os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.returncode == 143, done.stderr
+    assert f"stopped after step {steps}; continue with --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def run_with(recipe, path, in_step):
+    """`mlx-tune run`, whose child runs a line of code in each step, the i-th."""
     child = (
-        "import os, signal\n"
+        "import os, signal, time\n"
         "from mlx_tuner import session\n"
         "steps = session.train\n"
         "def train(*args, **kwargs):\n"
         "    for i, result in enumerate(steps(*args, **kwargs), 1):\n"
-        f"        if i == {steps}: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"        {in_step}\n"
         "        yield result\n"
         "session.train = train\n"
     )
@@ -211,10 +220,7 @@ def stop_after(root, path, steps):
         f"cli.main({arguments!r})\n"
     )
     (path.parent / "small.toml").write_text(recipe.to_toml())
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 143, done.stderr
-    assert f"stopped after step {steps}; continue with --resume" in done.stderr
-    assert "Traceback" not in done.stderr
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 def losses(path):
@@ -228,22 +234,13 @@ def assert_same_adapter(one, other):
 
 
 def test_a_second_signal_ends_a_run_at_once(root, tmp_path):
-    recipe = tmp_path / "small.toml"
-    recipe.write_text(recipe_of(root, train__epochs=1000).to_toml())
-    command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), "--run-dir"]
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode in (130, -signal.SIGINT)
+    """In a step that never ends, so that the first one alone would wait for ever."""
+    ask = "os.kill(os.getppid(), signal.SIGINT)"
+    kept = "signal.getsignal(signal.SIGINT) != signal.SIG_DFL"
+    hang = f"{ask}; [time.sleep(0.01) for _ in iter(lambda: {kept}, False)]; {ask}; time.sleep(1e6)"
+    done = run_with(recipe_of(root), tmp_path / "run", hang)
+    assert done.returncode == 130
+    assert not any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_resuming_with_another_recipe_names_what_differs(finished, root):
@@ -492,12 +489,11 @@ def test_the_lock_is_free_again_after_a_kill(root, tmp_path):
     recipe.write_text(recipe_of(root, train__epochs=1000).to_toml())
     command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), "--run-dir"]
     path = tmp_path / "run"
-    process = subprocess.Popen([*command, str(path)], stderr=subprocess.DEVNULL)
-    wait_for_checkpoint(path, process)
-    with pytest.raises(RunError, match=f"process {process.pid}"):
-        run_recipe(load_recipe(recipe), path, resume=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started([*command, str(path)]) as process:
+        wait_for_checkpoint(path, process)
+        with pytest.raises(RunError, match=f"process {process.pid}"):
+            run_recipe(load_recipe(recipe), path, resume=True)
+    wait_until(lambda: not is_running(path))
     with runs.Run(path, resume=True) as run:
         assert run.checkpoint.step > 0
 
@@ -531,14 +527,14 @@ def test_a_run_that_sleeps_and_whose_child_is_killed_ends_as_if_nothing_had_been
         "supervisor.TICK, supervisor.PATIENCE = 0.1, 1.5\n"
         "cli.main(['run', 'small.toml', '--run-dir', 'run', '--quiet'])\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
-    wait_for_checkpoint(tmp_path / "run", process)
-    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]))
-    os.kill(child, signal.SIGSTOP)
-    time.sleep(2)
-    os.kill(child, signal.SIGCONT)
-    os.kill(child, signal.SIGKILL)
-    said = process.communicate(timeout=120)[1].decode()
+    with started([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        wait_for_checkpoint(tmp_path / "run", process)
+        child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]))
+        os.kill(child, signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(child, signal.SIGCONT)
+        os.kill(child, signal.SIGKILL)
+        said = process.communicate()[1].decode()
     assert process.returncode == 0
     assert said.count("training died: the system killed it") == 1
     assert "hung" not in said
@@ -549,9 +545,24 @@ def test_a_run_that_sleeps_and_whose_child_is_killed_ends_as_if_nothing_had_been
     assert counts[-1] == 1
 
 
+@contextmanager
+def started(command, **options):
+    """A process that is killed at the end of the block, and gone after it, whatever happens."""
+    with subprocess.Popen(command, **{"stderr": subprocess.DEVNULL, **options}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_for_checkpoint(run, process):
-    deadline = time.monotonic() + 60
-    while not any((run / "checkpoints").glob("step-*")):
-        assert process.poll() is None
+    wait_until(lambda: process.poll() is not None or any((run / "checkpoints").glob("step-*")))
+    assert process.poll() is None
+
+
+def wait_until(condition):
+    """For longer than the slowest machine takes; what never comes ends the test all the same."""
+    deadline = time.monotonic() + 600
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
