@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
 
 def test_without_a_command_the_help_is_shown(mlx_tune: Here) -> None:
     assert "Commands:" in mlx_tune.refused(2)
+
+
+@pytest.mark.parametrize("name", list(main.commands))
+def test_each_commands_help_ends_with_an_example_that_it_takes(name: str, mlx_tune: Here) -> None:
+    done = mlx_tune(name, "-h")
+    heading, example = done.stdout.splitlines()[-2:]
+    assert heading.strip() == "Example:"
+    program, given, *arguments = shlex.split(example.split(">")[0])
+    assert (program, given) == ("mlx-tune", name)
+    main.commands[name].make_context(name, arguments)  # refuses what is missing, wrong or unknown
 
 
 def test_unknown_commands_and_options_are_refused(mlx_tune: Here) -> None:

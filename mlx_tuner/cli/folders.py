@@ -7,11 +7,13 @@ from typing import cast
 
 import click
 
-from mlx_tuner.cli.options import base_option, output_option, push_option, quantize_options
+from mlx_tuner.cli.options import base_option, example, output_option, push_option, quantize_options
 from mlx_tuner.errors import Fault, UsageError
 
 
-@click.command()
+@click.command(
+    epilog=example("convert Qwen/Qwen2.5-Coder-1.5B-Instruct -o models/1.5b-4bit --quantize 4")
+)
 @click.argument("model")
 @output_option
 @quantize_options
@@ -65,7 +67,7 @@ def convert(
         click.echo(hub.push(output, push))
 
 
-@click.command()
+@click.command(epilog=example("fuse adapters/codealpaca -o models/codealpaca"))
 @click.argument("run_or_adapter", type=click.Path(path_type=Path))
 @output_option
 @base_option
@@ -104,7 +106,9 @@ def fuse(
         click.echo(hub.push(output, push))
 
 
-@click.command()
+@click.command(
+    epilog=example("export adapters/codealpaca --to gguf -o codealpaca.gguf --dtype q8_0")
+)
 @click.argument("run_or_adapter", type=click.Path(path_type=Path))
 @click.option(
     "--to",
@@ -185,7 +189,7 @@ def export(
         click.echo(hub.push(folder, push))
 
 
-@click.command("import")
+@click.command("import", epilog=example("import downloads/peft-adapter -o adapters/theirs"))
 @click.argument("adapter", type=click.Path(path_type=Path))
 @output_option
 def import_(adapter: Path, output: Path) -> None:

@@ -9,20 +9,19 @@ from pathlib import Path
 
 import click
 
-from mlx_tuner.cli.options import json_option
+from mlx_tuner.cli.options import example, json_option
 from mlx_tuner.errors import UsageError
 from mlx_tuner.show.terminal import console
 
 PEER = "mlx-lm"
 
 
-@click.command()
+@click.command(
+    epilog=example('completion zsh > ~/.mlx-tune.zsh; echo "source ~/.mlx-tune.zsh" >> ~/.zshrc')
+)
 @click.argument("shell", type=click.Choice(["zsh", "bash", "fish"]))
 def completion(shell: str) -> None:
-    """The script that completes commands and options in SHELL.
-
-    For zsh: mlx-tune completion zsh > ~/.mlx-tune.zsh; echo "source ~/.mlx-tune.zsh" >> ~/.zshrc
-    """
+    """The script that completes commands and options in SHELL."""
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)
@@ -31,7 +30,7 @@ def completion(shell: str) -> None:
     click.echo(kind(whole, {}, "mlx-tune", "_MLX_TUNE_COMPLETE").source())
 
 
-@click.command()
+@click.command(epilog=example("doctor --self-test --report self-test.md"))
 @click.option("--self-test", is_flag=True, help="Prove the GPU against the CPU: about a minute.")
 @click.option(
     "--report",
@@ -64,7 +63,7 @@ def _self_test(report: Path | None, as_json: bool) -> None:
     sys.exit(0 if found.ok else 1)
 
 
-@click.command()
+@click.command(epilog=example("bench --model qwen2.5-1.5b --against mlx-lm"))
 @click.option(
     "--model",
     metavar="SHAPE|FOLDER|NAME",

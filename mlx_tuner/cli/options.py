@@ -7,6 +7,12 @@ from pathlib import Path
 
 import click
 
+
+def example(arguments: str) -> str:
+    """The end of a command's help: how it is called, on a line of its own that is not wrapped."""
+    return f"\b\nExample:\n  mlx-tune {arguments}"
+
+
 set_option = click.option(
     "--set",
     "overrides",

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 
-from mlx_tuner.cli.options import base_option, json_option
+from mlx_tuner.cli.options import base_option, example, json_option
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.show.terminal import console, safe
 from mlx_tuner.words import printable
 
 
-@click.command()
+@click.command(
+    epilog=example('generate adapters/codealpaca "Write a function that sorts." --max-tokens 200')
+)
 @click.argument("run_or_model")
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1))
@@ -66,7 +68,7 @@ def generate(
         prompt = None
 
 
-@click.command("eval")
+@click.command("eval", epilog=example("eval adapters/codealpaca --samples 20"))
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", help="Rows that were held out. Default: the run's validation rows.")
 @base_option
@@ -139,7 +141,7 @@ def eval_(
         console(sys.stdout).print(report(found))
 
 
-@click.command()
+@click.command(epilog=example("compare adapters/first adapters/improved -o compared"))
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @json_option
 @click.option(

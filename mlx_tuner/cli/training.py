@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_tuner.cli.faults import print_faults
-from mlx_tuner.cli.options import json_option, recipe_options, set_option
+from mlx_tuner.cli.options import example, json_option, recipe_options, set_option
 from mlx_tuner.errors import TunerError, UsageError
 from mlx_tuner.runs import place, pulse
 from mlx_tuner.runs.supervisor import supervise
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_tuner.recipe.tables import Recipe
 
 
-@click.command()
+@click.command(epilog=example("run codealpaca --set train.epochs=1 --run-dir adapters/one-epoch"))
 @recipe_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: adapters/RECIPE.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
@@ -126,7 +126,7 @@ def _train(
         console(sys.stdout).print(report(read_records(run_dir), summary, run_dir))
 
 
-@click.command()
+@click.command(epilog=example("recipes"))
 def recipes() -> None:
     """The shipped recipes, which run and plan take by name."""
     from mlx_tuner.commands.init import listed
@@ -135,7 +135,7 @@ def recipes() -> None:
         click.echo(f"{recipe.name:<12}  {recipe.about}")
 
 
-@click.command()
+@click.command(epilog=example("init codealpaca -o recipes"))
 @click.argument("name")
 @click.option(
     "-o",
@@ -154,7 +154,7 @@ def init(name: str, output: Path) -> None:
     click.echo(f"change it, then: mlx-tune run {recipe}", err=True)
 
 
-@click.command()
+@click.command(epilog=example("plan recipes/codealpaca.toml --set train.batch_size=4"))
 @recipe_options
 @click.option("--fit", is_flag=True, help="Only say what fits into this machine's memory.")
 @json_option
@@ -183,7 +183,7 @@ def _plan(recipe: Recipe, as_json: bool, fit: bool = False) -> None:
     console(sys.stdout).print(report(planned))
 
 
-@click.command()
+@click.command(epilog=example("data rows.jsonl --model Qwen/Qwen2.5-Coder-1.5B-Instruct --show 2"))
 @click.argument("file")
 @click.option("--recipe", type=click.Path(path_type=Path), help="See the rows as it does.")
 @set_option
