@@ -42,7 +42,7 @@ def test_an_unused_openblas_comes_with_the_line_that_lets_it_be_used(
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     finding = _find(doctor.examine(Linux({OPENBLAS: ""})), "OpenBLAS")
-    assert finding.level == "missing"
+    assert finding.level == "warn"
     assert "40 times" in finding.what
     assert finding.advice == "unset MLX_TUNE_NO_PRELOAD"
 
@@ -137,7 +137,32 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     finding = _find(doctor.examine(), "disk")
-    assert (finding.level, finding.what[:6]) == ("missing", "1.0 GB")
+    assert (finding.level, finding.what[:6]) == ("warn", "1.0 GB")
+
+
+def test_whatever_warns_or_is_to_be_fixed_comes_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> float:
+        raise RuntimeError("no kernel")
+
+    class Full:
+        free = 10**9
+
+    mac = FakeMac("Apple M4", 10)
+    monkeypatch.setattr(mac, "backend", lambda: "cpu")
+    found = [*doctor.examine(Linux({OPENBLAS: ""})).findings, *doctor.examine(mac).findings]
+    monkeypatch.setattr("os.access", lambda *args: False)
+    found += doctor.examine(Linux({})).findings
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Full)
+    monkeypatch.setattr("mlx_tuner.system.device.memory_budget", lambda probe: 10**9)
+    monkeypatch.setattr("mlx_tuner.system.device.gemm_tflops", fail)
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    found += doctor.examine(Linux({}, "cuda")).findings
+    wrong = [finding for finding in found if finding.level in ("warn", "fix")]
+    subjects = {"OpenBLAS", "Metal", "memory", "device", "disk", "model cache", "mlx"}
+    assert subjects <= {finding.subject for finding in wrong}
+    assert all(finding.advice for finding in wrong)
 
 
 def test_the_command_prints_one_json_object_and_its_exit_code_says_whether_anything_can_train(

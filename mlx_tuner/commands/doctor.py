@@ -33,8 +33,8 @@ SMALLEST_BUDGET_GB = 2.0
 SPACE_FOR_A_MODEL_GB = 5.0
 """Free disk below which the download of a 1.5B model in bf16 (3.1 GB) and a run are a risk."""
 
-Level = Literal["ok", "note", "missing", "fatal"]
-_SIGNS: dict[Level, str] = {"ok": "✓", "note": "·", "missing": "!", "fatal": "✗"}
+Level = Literal["ok", "note", "warn", "fix"]
+_SIGNS: dict[Level, str] = {"ok": "✓", "note": "·", "warn": "!", "fix": "✗"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Finding:
     """One thing looked at."""
 
     level: Level
-    """ok; note = good to know; missing = something could be better; fatal = nothing can train."""
+    """ok; note = good to know; warn = something could be better; fix = nothing can train."""
     subject: str
     what: str
     advice: str = ""
-    """What to do, where there is something to do."""
+    """What to do, where there is something to do: always, where it warns or is to be fixed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Report:
     @property
     def can_train(self) -> bool:
         """False only when nothing can train here."""
-        return all(finding.level != "fatal" for finding in self.findings)
+        return all(finding.level != "fix" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """`{"can_train", "machine", "findings"}`, plain values."""
@@ -86,8 +86,8 @@ def examine(probe: Probe | None = None) -> Report:
     try:
         from mlx_tuner.system import device
     except ImportError as error:
-        advice = "MLX needs macOS 14+ on Apple silicon, or Linux; reinstall with `pip install -U`"
-        findings.append(Finding("fatal", "MLX", f"cannot be imported: {error}", advice))
+        advice = "MLX needs macOS 14+ on Apple silicon, or Linux: pip install --force-reinstall mlx"
+        findings.append(Finding("fix", "MLX", f"cannot be imported: {error}", advice))
         return Report(None, tuple(findings))
     probe = probe or device.Probe()
     machine = device.facts(probe)
@@ -114,7 +114,7 @@ def _packages() -> Iterator[Finding]:
                 yield Finding("ok", requirement.name, installed)
             continue
         name = f'"{requirement.name}{requirement.specifier}"'
-        yield Finding("fatal", requirement.name, what, f"pip install -U {name}")
+        yield Finding("fix", requirement.name, what, f"pip install -U {name}")
 
 
 def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
@@ -127,14 +127,17 @@ def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
     try:
         gflops = device.gemm_tflops(512, seconds=0.1) * 1000
     except (RuntimeError, ValueError) as error:
-        yield Finding("fatal", "device", f"{chip}: {machine.backend} cannot multiply: {error}")
+        package = "'mlx[cuda13]'" if machine.backend == "cuda" else "mlx"
+        what = f"{chip}: {machine.backend} cannot multiply: {error}"
+        yield Finding("fix", "device", what, f"pip install --force-reinstall {package}")
         return
     yield Finding("ok", "system", f"{machine.os}, Python {machine.python}")
     yield Finding("ok", "device", f"{chip}; backend {machine.backend}")
     yield Finding("ok", "fp32 products", f"{gflops:,.0f} GFLOP/s measured")
     if probe.system == "Darwin" and machine.backend == "cpu":
-        advice = "run on the Mac itself, not in a virtual machine"
-        yield Finding("missing", "Metal", "not available: training on the CPU", advice)
+        arm = "`python -c 'import platform; print(platform.machine())'` must say arm64"
+        advice = f"{arm}, and on the Mac itself, not in a virtual machine"
+        yield Finding("warn", "Metal", "not available: training on the CPU", advice)
     for note in machine.notes:
         yield Finding("note", "device", note)
 
@@ -142,8 +145,8 @@ def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
 def _memory(machine: Machine, budget: int) -> Iterator[Finding]:
     what = f"{ram(machine.memory_bytes)}, of which a run may use {budget / 1e9:.1f} GB"
     if budget / 1e9 < SMALLEST_BUDGET_GB:
-        advice = "close other programs; `builtin:tiny-qwen` trains in less"
-        yield Finding("missing", "memory", what, advice)
+        advice = "close other programs; what trains in less: mlx-tune run quickstart"
+        yield Finding("warn", "memory", what, advice)
     else:
         yield Finding("ok", "memory", what)
 
@@ -157,12 +160,10 @@ def _cpu_backend(probe: Probe) -> Iterator[Finding]:
         if found.loaded:
             yield Finding("ok", "OpenBLAS", f"{found.loaded}, preloaded by each command")
         elif found.available:
-            yield Finding(
-                "missing", "OpenBLAS", f"installed, not used: {slow}", f"unset {blas.OFF}"
-            )
+            yield Finding("warn", "OpenBLAS", f"installed, not used: {slow}", f"unset {blas.OFF}")
         else:
             install = "sudo apt-get install libopenblas0-pthread"
-            yield Finding("missing", "OpenBLAS", f"not installed: {slow}", install)
+            yield Finding("warn", "OpenBLAS", f"not installed: {slow}", install)
     compiler = probe.which("g++")
     what = compiler or "missing: only `mx.compile` on the CPU backend needs it; runs here do not"
     yield Finding("ok" if compiler else "note", "g++", what)
@@ -180,16 +181,17 @@ def _hub() -> Iterator[Finding]:
     else:
         advice = "`hf auth login` for gated models and `--push`"
         yield Finding("note", "Hub", "online mode, without a token", advice)
-    for subject, folder in (
-        ("disk", Path.cwd()),
-        ("model cache", Path(constants.HF_HUB_CACHE)),
+    for subject, folder, elsewhere in (
+        ("disk", Path.cwd(), "cd ~"),
+        ("model cache", Path(constants.HF_HUB_CACHE), "export HF_HUB_CACHE=~/models"),
     ):
         free_gb = shutil.disk_usage(_existing(folder)).free / 1e9
         what = f"{free_gb:.1f} GB free at {folder}"
         if free_gb < SPACE_FOR_A_MODEL_GB:
-            yield Finding("missing", subject, what, "make room: a 1.5B model takes 3.1 GB")
+            advice = "a 1.5B model takes 3.1 GB; make room: hf cache prune"
+            yield Finding("warn", subject, what, advice)
         elif not os.access(_existing(folder), os.W_OK):
-            yield Finding("missing", subject, f"{folder} cannot be written to")
+            yield Finding("warn", subject, f"{folder} cannot be written to", elsewhere)
         else:
             yield Finding("ok", subject, what)
 

@@ -356,7 +356,8 @@ def _notes(
     if chip == "Apple M5 Max":
         notes.append("the peak counts the shaders only: M5's matrix units can exceed it")
     if low_power:
-        notes.append("low power mode is on: figures are below what this machine can do")
+        off = "sudo pmset -a lowpowermode 0"
+        notes.append(f"low power mode is on: figures are below what this machine can do; {off}")
     if on_battery:
         notes.append("running on battery")
     if thermal not in (None, "nominal"):
