@@ -41,7 +41,7 @@ from mlx_tuner.models.model import load, load_tokenizer, read_config
 from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.recipe import shipped
-from mlx_tuner.recipe.tables import load_recipe, parse_recipe
+from mlx_tuner.recipe.load import load_recipe, parse_recipe
 
 SECONDS = 5
 MEGABYTES = 1_000

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_tuner.python import finetune, generate
-    from mlx_tuner.recipe.tables import Recipe, load_recipe
+    from mlx_tuner.recipe.load import load_recipe
+    from mlx_tuner.recipe.tables import Recipe
 
 # MLX rounds fp32 products to TF32 on M5 and CUDA (errors of 8e-4, not 3e-7) unless told not to
 # before its first one. Fusing, checking and the gradients of the factors are fp32.
@@ -25,10 +26,14 @@ __all__ = ["Recipe", "finetune", "generate", "load_recipe"]
 
 def __getattr__(name: str) -> Any:
     """Import what is public when it is asked for: importing the package loads no MLX."""
-    if name in ("Recipe", "load_recipe"):
-        from mlx_tuner.recipe import tables
+    if name == "Recipe":
+        from mlx_tuner.recipe.tables import Recipe
 
-        return getattr(tables, name)
+        return Recipe
+    if name == "load_recipe":
+        from mlx_tuner.recipe.load import load_recipe
+
+        return load_recipe
     if name in ("finetune", "generate"):
         from mlx_tuner import python
 

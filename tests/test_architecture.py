@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,12 @@ def test_rows_know_the_engine_by_the_row_that_it_takes_and_load_no_mlx() -> None
     )
 
 
+RECIPE = {"mlx_tuner.recipe.tables", "mlx_tuner.recipe.load"}
+
+
 def test_only_the_assembly_and_its_commands_know_a_recipe() -> None:
-    knowing = {module for module in MODULES if "mlx_tuner.recipe.tables" in imported(module)}
-    assert {package_of(module) for module in knowing} <= ASSEMBLY
+    knowing = {module for module in MODULES if RECIPE & imported(module)}
+    assert {package_of(module) for module in knowing} <= ASSEMBLY | {"recipe"}
 
 
 def test_nothing_depends_on_the_command_line_nor_the_recipe_on_anything_heavy() -> None:
@@ -256,6 +260,17 @@ def test_only_files_writes_or_hands_out_the_paths_that_are_written() -> None:
         and not any(name in ast.unparse(call) for name in names_from_files(function))
     }
     assert writing == ALLOWED
+
+
+def test_no_module_is_long() -> None:
+    for module in MODULES:
+        path = PACKAGE / f"{module.replace('.', '/')}.py"
+        assert len(path.read_text("utf-8").splitlines()) <= 400, module
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    ours = {f"mlx_tuner.{module}" for module in MODULES}
+    TopologicalSorter({f"mlx_tuner.{m}": imported(m) & ours for m in MODULES}).prepare()
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -12,7 +12,8 @@ import pytest
 import mlx_tuner
 from mlx_tuner.cli import main
 from mlx_tuner.data.rows import FIELDS, parse_row
-from mlx_tuner.recipe.tables import TABLES, parse_recipe
+from mlx_tuner.recipe.load import parse_recipe
+from mlx_tuner.recipe.tables import TABLES
 
 DOCUMENTS = [
     "README.md",

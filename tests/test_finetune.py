@@ -23,7 +23,7 @@ from mlx_tuner.commands.generate import answer, load
 from mlx_tuner.errors import DataError, ModelError, RecipeError, RunError, UsageError
 from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.model import load_tokenizer, resolve
-from mlx_tuner.recipe.tables import load_recipe, parse_recipe
+from mlx_tuner.recipe.load import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord, train_records
 from mlx_tuner.runs.place import is_running

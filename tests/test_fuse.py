@@ -27,7 +27,7 @@ from mlx_tuner.models.adapter import apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
-from mlx_tuner.recipe.tables import load_recipe
+from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.runs import own
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system.files import verify

@@ -23,7 +23,7 @@ from mlx_tuner.errors import RecipeError
 from mlx_tuner.models.adapter import Adapter, apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.peft_format import write_peft
-from mlx_tuner.recipe.tables import load_recipe
+from mlx_tuner.recipe.load import load_recipe
 
 STEPS, RATE, DECAY, SEED = 8, 5e-3, 0.1, 7
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]

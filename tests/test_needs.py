@@ -9,7 +9,7 @@ from mlx_tuner import assembly, needs, training
 from mlx_tuner.commands.plan import padding, plan
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.model import load_tokenizer, read_config
-from mlx_tuner.recipe.tables import parse_recipe
+from mlx_tuner.recipe.load import parse_recipe
 from mlx_tuner.show import story
 from mlx_tuner.system import device
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_tuner.models.model import resolve
-from mlx_tuner.recipe.tables import parse_recipe
+from mlx_tuner.recipe.load import parse_recipe
 from mlx_tuner.runs.metrics import TrainRecord
 from mlx_tuner.runs.run import read_records
 from mlx_tuner.show.progress import Display

@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlx_tuner.errors import RecipeError
-from mlx_tuner.recipe.tables import (
-    MAX_RECIPE_BYTES,
-    TABLES,
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    peer_names,
-)
+from mlx_tuner.recipe import peer_names
+from mlx_tuner.recipe.load import MAX_RECIPE_BYTES, load_recipe, parse_recipe
+from mlx_tuner.recipe.tables import TABLES, Recipe
 from mlx_tuner.recipe.toml_lines import NestingError, key_lines
 
 MINIMAL = """\

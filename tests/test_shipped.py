@@ -10,7 +10,7 @@ from mlx_tuner.cli import main
 from mlx_tuner.commands.init import init, listed
 from mlx_tuner.errors import UsageError
 from mlx_tuner.recipe import shipped
-from mlx_tuner.recipe.tables import load_recipe, parse_recipe
+from mlx_tuner.recipe.load import load_recipe, parse_recipe
 
 NAMES = ["codealpaca", "first", "improved", "quickstart"]
 

@@ -53,7 +53,7 @@ def run(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other; give one")
     if dry_run:
-        from mlx_tuner.recipe.tables import load_recipe
+        from mlx_tuner.recipe.load import load_recipe
 
         _plan(load_recipe(recipe, overrides), as_json)
         return
@@ -101,7 +101,7 @@ def _train(
     as_json: bool,
 ) -> None:
     """What the child does."""
-    from mlx_tuner.recipe.tables import load_recipe
+    from mlx_tuner.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     from mlx_tuner.runs.run import read_records
@@ -160,7 +160,7 @@ def init(name: str, output: Path) -> None:
 @json_option
 def plan(recipe: Path, overrides: tuple[str, ...], fit: bool, as_json: bool) -> None:
     """What a run of RECIPE would do and need; loads no weights."""
-    from mlx_tuner.recipe.tables import load_recipe
+    from mlx_tuner.recipe.load import load_recipe
 
     _plan(load_recipe(recipe, overrides), as_json, fit)
 

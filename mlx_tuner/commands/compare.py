@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import computed_field
 
 from mlx_tuner.errors import Fault, RecipeError, RunError, TunerError
-from mlx_tuner.recipe.tables import load_recipe
+from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.runs.metrics import (
     Change,
     Facts,

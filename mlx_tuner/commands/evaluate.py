@@ -29,7 +29,8 @@ from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import Answer, answer_all, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
-from mlx_tuner.recipe.tables import Recipe, load_recipe
+from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.metrics import Figures
 from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.runs.verdict import against_base

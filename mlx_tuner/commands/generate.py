@@ -16,7 +16,7 @@ from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import Message, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.models.model import Loaded
-from mlx_tuner.recipe.tables import load_recipe
+from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.runs.place import RECIPE
 
 

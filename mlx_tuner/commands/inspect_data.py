@@ -20,7 +20,8 @@ from mlx_tuner.data.survey import histogram
 from mlx_tuner.errors import Fault
 from mlx_tuner.models import model as models
 from mlx_tuner.recipe import schedule
-from mlx_tuner.recipe.tables import Recipe, load_recipe, parse_recipe
+from mlx_tuner.recipe.load import load_recipe, parse_recipe
+from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.show.progress import Display
 from mlx_tuner.words import plural
 

@@ -25,7 +25,8 @@ from mlx_tuner.models.folder import CODE_KEYS, GENERATION, read_optional
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
 from mlx_tuner.models.weights import is_finite
-from mlx_tuner.recipe.tables import Recipe, load_recipe
+from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs import own
 from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.runs.run import LOSS_PLOT, read_summary
