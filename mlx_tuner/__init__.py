@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_tuner.python import finetune, generate
+    from mlx_tuner.api import finetune, generate
     from mlx_tuner.recipe.load import load_recipe
     from mlx_tuner.recipe.tables import Recipe
 
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
         return load_recipe
     if name in ("finetune", "generate"):
-        from mlx_tuner import python
+        from mlx_tuner import api
 
-        return getattr(python, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'mlx_tuner' has no attribute {name!r}")

@@ -135,7 +135,7 @@ class Session:
         return self.progress.step >= len(self.learning_rates) or self._is_stale()
 
     def already_finished(self) -> Summary:
-        """Say that a run which is resumed has ended; its summary, as it was left or made now."""
+        """Say that the resumed run had ended; its summary, written now if it was missing."""
         early = " early, by its evaluations" if self._is_stale() else ""
         what = f"{self.run.path}: has finished{early}, after step {self.progress.step}"
         self.display.note(f"{what}; nothing is left to train")

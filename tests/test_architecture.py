@@ -35,7 +35,7 @@ BELOW = {
 """What each of these rooms may import of ours, beside itself; those above import what they need."""
 
 ASSEMBLY = {
-    *("assembly", "needs", "session", "snapshot", "training", "python"),
+    *("assembly", "needs", "session", "snapshot", "training", "api"),
     *("bench", "cli", "commands", "conversion"),
 }
 """Commands, and what puts a run's parts together."""

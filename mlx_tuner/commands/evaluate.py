@@ -246,7 +246,7 @@ def _side(
 def _keep_outcomes(
     path: Path, to_do: Sequence[tasks.Task], outcomes: dict[str, list[tasks.Outcome]]
 ) -> None:
-    """A line a task: what came of the base's program and of the tuned model's."""
+    """Write a line for each task: how the base's program ended, and the tuned model's."""
     pairs = zip(to_do, outcomes["base"], outcomes["tuned"], strict=True)
     lines = [
         json.dumps({"task_id": task.task_id, "base": base, "tuned": tuned}) + "\n"
@@ -285,7 +285,7 @@ def _recipe_of_run(run: Path, data: str | None) -> Recipe:
 
 
 def _default_recipe(source: Path, data: str | None) -> Recipe:
-    """By which the rows of `data` are read for an adapter that no run of ours left."""
+    """The recipe to read `data` by, for an adapter that no run of ours left."""
     if data is None:
         what = "an adapter without its run's rows; give held-out rows with --data FILE"
         raise UsageError(Fault(str(source), "", what))

@@ -30,7 +30,7 @@ class Share(Figures):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def share(self) -> Interval | None:
-        """None of no answers."""
+        """The share and its interval; None where there are no answers."""
         if not self.of:
             return None
         part, z = self.count / self.of, _Z**2 / self.of

@@ -1,4 +1,4 @@
-"""Stands before a program that a model wrote, in its process, and takes from it what it can.
+"""Limits the process of a program that a model wrote, before the program begins.
 
 `tasks` puts this text before the program's and runs both with `python -I -`. Time, memory, the
 size of files and the number of processes are the kernel's limits; reading and writing of files,

@@ -273,7 +273,7 @@ class Dataset:
 
     @property
     def target_tokens(self) -> int:
-        """… and how many of them are targets."""
+        """Target tokens of all rows, from the surveyed ones."""
         return self._in_all(self.survey.targets)
 
     def _in_all(self, counts: np.ndarray) -> int:

@@ -308,8 +308,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _hide(tokens: re.Pattern[str], value: Any) -> tuple[Any, int, Callable[[str], str]]:
-    """A copy of `value` that spells no token, how many it spelled, and the way back for a text.
+    """Replace the tokens that strings in `value` spell by placeholders.
 
+    Returns the copy, the number of tokens replaced, and a function that puts them back into a text.
     Placeholders are private-use characters around numbers, so templates carry them through.
     """
     spelled: list[str] = []

@@ -1,4 +1,4 @@
-"""What the rows of a file are to a model: their lengths, targets and prefix; which will not do."""
+"""Measures rows as a model sees them: lengths, targets, shared prefix, and which are unusable."""
 
 from __future__ import annotations
 

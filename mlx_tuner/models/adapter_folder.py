@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_tuner.errors import Fault, ModelError
@@ -54,24 +55,22 @@ def import_adapter(source: Path, output: Path) -> Adapter:
         UsageError: `output` cannot be a new folder.
         ModelError: as `read_adapter` does.
     """
-    output = output.absolute()
-    files.require_new(output)
-    adapter = read_adapter(source)
-    with files.staging(output) as folder:
-        mlx_format.write_adapter(folder, adapter)
-    return adapter
+    return _rewrite(source, output, mlx_format.write_adapter)
 
 
 def export_peft(source: Path, output: Path) -> Adapter:
     """Write the adapter of a run, or any adapter, as the new PEFT folder `output`.
 
     Raises:
-        UsageError: `output` cannot be a new folder.
-        ModelError: as `read_adapter` does.
+        UsageError, ModelError: as `import_adapter` does.
     """
+    return _rewrite(source, output, peft_format.write_peft)
+
+
+def _rewrite(source: Path, output: Path, write: Callable[[Path, Adapter], None]) -> Adapter:
     output = output.absolute()
     files.require_new(output)
     adapter = read_adapter(source)
     with files.staging(output) as folder:
-        peft_format.write_peft(folder, adapter)
+        write(folder, adapter)
     return adapter

@@ -29,12 +29,12 @@ _CHILD = Path(__file__).with_name("render_child.py")
 
 
 def require_bounded(template: str, folder: Path) -> None:
-    """Refuse a template that does not come to an end, or writes or keeps without measure.
+    """Refuse a template that takes too much time or memory, or writes too much.
 
-    One that fails is left to whoever renders rows with it, and can say which row it refused.
+    A template that raises an error passes: whoever renders rows with it says which row it refused.
 
     Raises:
-        ModelError: as above.
+        ModelError: what it takes too much of.
     """
     if excess := _excess(template):
         what = f"{excess} for a few short turns; the model may be harmful"

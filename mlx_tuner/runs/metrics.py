@@ -159,7 +159,7 @@ def by_step(records: Sequence[Record], name: Literal["losses", "grad_norms"]) ->
 
 
 class Change(Figures):
-    """How a number that every step has went, from like steps to like steps."""
+    """What a number of each step, such as its loss, was on average at a run's start and end."""
 
     first: Number
     """Mean over the steps of the first epoch; of the first half where there are not two."""
@@ -334,7 +334,7 @@ def summarise(
 
 
 def rate(amount: float, per: float) -> float:
-    """Amount / per; nothing of a clock that stands still."""
+    """amount / per; 0 where `per` is 0, as by a clock that stands still."""
     return amount / per if per > 0 else 0.0
 
 

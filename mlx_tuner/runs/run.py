@@ -1,4 +1,4 @@
-"""The directory of a run: begun once or gone on with, metrics appended, results published."""
+"""What a run keeps in its directory: recipe, metrics, checkpoints, results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from mlx_tuner.errors import Fault, RunError
@@ -164,7 +163,7 @@ class Run:
         self._saved_step = step
 
     def publish(self, write: Callable[[Path], None], *, size: int | None = None) -> None:
-        """Make the files that `write` puts into the folder it is given those of the run itself."""
+        """Replace files of the run by those that `write` puts into the folder that it is given."""
         with files.filling(self.path, size) as folder:
             write(folder)
 
@@ -182,16 +181,14 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _put_back(self) -> None:
-        """Undo a `begin` that no checkpoint came of, however far it or an earlier undoing got."""
+        """Bring back an earlier run that `begin` set aside, if no checkpoint followed.
+
+        It may be called again after it was interrupted, or after `begin` was.
+        """
         previous, returning = self.path / PREVIOUS, self.path / RETURNING
         if previous.is_dir():
             if checkpoints.newest(self.path)[0] is not None:

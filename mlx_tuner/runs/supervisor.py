@@ -126,7 +126,7 @@ class _State:
         return f"continue with --resume; {more}" if self.resume else more
 
     def wait(self) -> bool:
-        """Until the next start; False if a signal came."""
+        """Wait until the next start. Returns False if a signal came."""
         end = time.monotonic() + DELAYS[self.failures - 1]
         while self.signal is None and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
@@ -175,7 +175,7 @@ class _Handlers:
                 os.kill(self._state.child, number)
 
     def _stop(self, *_: object) -> None:
-        """Ctrl-Z: stop the child, then ourselves; what comes after that is the going on."""
+        """Ctrl-Z: stop the child, then this process; both go on when this call returns."""
         child = self._state.child
         if child is not None:
             os.kill(child, signal.SIGSTOP)
@@ -252,7 +252,7 @@ class _Child:
             os.kill(self.pid, self._state.signal)
 
     def watch(self) -> Cause | None:
-        """Until it has ended: why, if it died; None where its exit code says it all."""
+        """Wait for the child's end. Returns why it died; None where its exit code says it all."""
         pipes = [self._pulse, self._error]
         hung = None
         last = time.monotonic()

@@ -131,7 +131,7 @@ def _not_risen(curve: Sequence[EvalRecord], best: EvalRecord, last: EvalRecord) 
 
 
 def _change(before: float, after: float) -> str:
-    """Such as "-12.3 %" or "+4.0 %"; of nothing no share can be taken."""
+    """The change in percent, such as "-12.3 %"; of 0 the amount that was added."""
     if before == 0:
         return f"+{after:.4g}"
     return f"{100 * (after - before) / before:+.1f} %".replace("-", "−")

@@ -119,7 +119,7 @@ def _page(title: str, body: Iterable[str], charts: Sequence[Any], summary: Any) 
 
 
 def _script(value: Any) -> str:
-    """JSON that no text in it can end the script element of."""
+    """JSON for a script element, escaped so that no text in it can close the element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
@@ -133,7 +133,7 @@ def _verdict(tone: str, text: str) -> str:
 
 
 def _figures(count: int) -> str:
-    """The first takes the whole width, and so does a last one that would stand alone."""
+    """Charts in two columns; the first and a last one without a neighbour are twice as wide."""
     wide = {0} | ({count - 1} if count % 2 == 0 else set())
     figures = [
         f'<figure data-chart="{i}"{" class=wide" if i in wide else ""}></figure>'
