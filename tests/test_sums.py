@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_tuner.conversion.logits import mean_loss
 from mlx_tuner.engine import optimizer, sums
 from mlx_tuner.engine.loss import linear_cross_entropy, linear_cross_entropy_value
 
@@ -79,3 +80,7 @@ def test_logsumexp_of_a_flat_tail_is_as_exact_as_torchs():
     theirs = torch.logsumexp(torch.from_numpy(logits), dim=-1).numpy()
     ours = np.array(sums.logsumexp(mx.array(logits)))
     assert np.abs(ours - truth).max() <= max(np.abs(theirs - truth).max(), 2e-6)
+    # A fused model's loss is made of it.
+    targets = np.arange(8) * 15_000
+    expected = (truth - logits[np.arange(8), targets]).mean()
+    assert mean_loss(logits, targets) == pytest.approx(expected, abs=2e-6)

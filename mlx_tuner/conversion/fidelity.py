@@ -220,4 +220,5 @@ def require_kept(check: Fidelity, output: Path, *, quantised: bool) -> None:
 
 
 def _dot(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.dot(x.reshape(-1), y.reshape(-1)).item())
+    """⟨x, y⟩ of (positions, vocabulary); one product over all numbers would lose digits."""
+    return float(np.sum([np.dot(a, b) for a, b in zip(x, y, strict=True)], dtype=np.float64))

@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm import utils as mlx_lm_utils
 
+from mlx_tuner.engine import sums
 from mlx_tuner.engine.forward import head_of
 
 
@@ -56,7 +57,7 @@ def mean_loss(logits: np.ndarray, targets: np.ndarray) -> float:
     """Mean negative log-likelihood of the targets, one a row of logits."""
     scores = mx.array(logits)
     chosen = mx.take_along_axis(scores, mx.array(targets)[:, None], axis=-1)[:, 0]
-    return float((mx.logsumexp(scores, axis=-1) - chosen).mean().item())
+    return float((sums.logsumexp(scores) - chosen).mean().item())
 
 
 class _FreedAfterUse:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_tuner.engine import sums
 from mlx_tuner.engine.lora import LoRALinear, dense_weight
 
 _SMALLEST = 1e-30
@@ -26,7 +27,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Linear | nn.QuantizedLinear, **settings: Any) -> None:
         super().__init__(linear, **settings)
-        self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=1)
+        self._squares = _row_squares(dense_weight(linear).astype(mx.float32))
         self.m = mx.sqrt(self._squares)
 
     def add(self, y: mx.array, z: mx.array) -> mx.array:
@@ -50,12 +51,17 @@ class DoRALinear(LoRALinear):
         """A plain linear layer with ``m / ‖V‖ · V``, computed in fp32; see `LoRALinear.fuse`."""
         fused = super().fuse(mx.float32)
         kept = dtype or dense_weight(self.linear).dtype
-        lengths = mx.sqrt(mx.square(fused.weight).sum(axis=1))
+        lengths = mx.sqrt(_row_squares(fused.weight))
         factors = self.m / mx.maximum(lengths, _SMALLEST)
         fused.weight = (factors[:, None] * fused.weight).astype(kept)
         if "bias" in self.linear:
             fused.bias = self.linear.bias.astype(dtype or self.linear.bias.dtype)
         return fused
+
+
+def _row_squares(weight: mx.array) -> mx.array:
+    """The squared length of each row of (O, I), as (O,)."""
+    return sums.row_sums(mx.square(weight))[:, 0]
 
 
 @mx.custom_function
@@ -70,4 +76,4 @@ def _scale_columns_vjp(
 ) -> tuple[mx.array, mx.array]:
     y, factors = primals
     rows, errors = (x.reshape(-1, x.shape[-1]).astype(mx.float32) for x in (y, cotangent))
-    return cotangent * factors.astype(cotangent.dtype), (rows * errors).sum(axis=0)
+    return cotangent * factors.astype(cotangent.dtype), sums.column_sums(rows * errors)

@@ -31,6 +31,11 @@ def row_sums(x: mx.array) -> mx.array:
     return x @ mx.ones((x.shape[-1], 1), x.dtype)
 
 
+def column_sums(x: mx.array) -> mx.array:
+    """The sum of each column of (n, V), as (V,), likewise."""
+    return (mx.ones((1, len(x)), x.dtype) @ x)[0]
+
+
 def logsumexp(x: mx.array) -> mx.array:
     """``log Σ exp`` of each row of (n, V), as (n,)."""
     largest = x.max(axis=-1, keepdims=True)
