@@ -162,7 +162,7 @@ def test_counted_flops_are_those_of_the_products_that_run(
     trainer = _trainer(config, targets, num_layers, micro_batch_tokens)
     step = trainer.make_micro_batches(_rows(lengths, [3 + i for i in range(len(lengths))], prefix))
     adapters = flops.Adapters(3, targets, num_layers)
-    counted = flops.step_flops(flops.Shape.from_config(config), step, adapters)
+    counted = flops.step_flops(flops.ModelDims.from_config(config), step, adapters)
     assert counted.total == _counted(trainer, step)
 
 
@@ -182,7 +182,7 @@ def test_checkpointing_runs_the_forward_again_but_for_the_down_projections() -> 
 
     def count(checkpointing: bool) -> int:
         shape, adapters = (
-            flops.Shape.from_config(CONFIG),
+            flops.ModelDims.from_config(CONFIG),
             flops.Adapters(3, ("q_proj", "down_proj"), 3),
         )
         return flops.step_flops(shape, step, adapters, checkpointing=checkpointing).total
@@ -195,7 +195,7 @@ def test_a_step_of_the_1_5b_shape_costs_what_was_measured_by_hand(shared: Path) 
     rows = _rows([110] * 8, [56] * 8, 24)
     step = batching.make_micro_batches(rows, 4096)
     adapters = flops.Adapters(8, ("q_proj", "k_proj", "v_proj", "o_proj"), 28)
-    counted = flops.step_flops(flops.Shape.from_config(config), step, adapters)
+    counted = flops.step_flops(flops.ModelDims.from_config(config), step, adapters)
     # 517 GFLOP a row, counted as 4 x parameters a token; rows of one length differ a little.
     assert counted.total / 8 == pytest.approx(517e9, rel=0.05)
 
@@ -203,7 +203,7 @@ def test_a_step_of_the_1_5b_shape_costs_what_was_measured_by_hand(shared: Path) 
 @pytest.mark.parametrize(("rows", "epochs"), [(100, 3), (1000, 1)])
 def test_a_gpus_tiles_add_a_twentieth_and_its_groups_nothing(rows: int, epochs: int) -> None:
     """The recorded job on the 1.5B shape, and ten times its rows, 8 a step."""
-    shape = flops.Shape.from_config(config_of("qwen2.5-1.5B"))
+    shape = flops.ModelDims.from_config(config_of("qwen2.5-1.5B"))
     adapters = flops.Adapters(16, ("q_proj", "k_proj", "v_proj", "o_proj"), shape.layers)
     given = bench_rows(rows, shape.vocabulary)
 

@@ -126,7 +126,7 @@ class Work:
         """
         if self.config["model_type"] not in flops.DENSE_FAMILIES:
             return None
-        shape = flops.Shape.from_config(self.config)
+        shape = flops.ModelDims.from_config(self.config)
         adapters = flops.Adapters(RANK, TARGET_MODULES, shape.layers)
         steps = self.steps(micro_batch_tokens)
         return sum(flops.step_flops(shape, step, adapters).total for step in steps)

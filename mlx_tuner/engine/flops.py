@@ -33,7 +33,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDims:
     """A dense model's sizes."""
 
     hidden: int
@@ -45,7 +45,7 @@ class Shape:
     head_size: int
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Shape:
+    def from_config(cls, config: Mapping[str, Any]) -> ModelDims:
         """From a Hugging Face ``config.json`` of one of the `DENSE_FAMILIES`."""
         heads = config["num_attention_heads"]
         return cls(
@@ -107,7 +107,7 @@ class Flops:
 
 
 def step_flops(
-    shape: Shape, step: Step, adapters: Adapters, *, checkpointing: bool = False
+    shape: ModelDims, step: Step, adapters: Adapters, *, checkpointing: bool = False
 ) -> Flops:
     """FLOP of one optimizer step, forward and backward, as the module's docstring counts them."""
     total = _prefix_states(shape, len(step.prefix), adapters)
@@ -116,7 +116,9 @@ def step_flops(
     return total
 
 
-def _micro_batch(shape: Shape, batch: MicroBatch, adapters: Adapters, checkpointing: bool) -> Flops:
+def _micro_batch(
+    shape: ModelDims, batch: MicroBatch, adapters: Adapters, checkpointing: bool
+) -> Flops:
     tokens, targets = len(batch.tokens), len(batch.sources)
     # Two products of so many FLOP each, forward: scores and values.
     prefix = batch.prefix + batch.past
@@ -157,7 +159,7 @@ def _micro_batch(shape: Shape, batch: MicroBatch, adapters: Adapters, checkpoint
     return total
 
 
-def _linear(shape: Shape, name: str, rows: int, rank: int, needs_input: bool) -> Flops:
+def _linear(shape: ModelDims, name: str, rows: int, rank: int, needs_input: bool) -> Flops:
     """Forward and backward of a linear layer and its adapter (rank 0: none)."""
     inputs, outputs = shape.linear(name)
     return Flops(
@@ -176,7 +178,7 @@ def _attention(needs: Mapping[str, bool], product: int, *, forward: int) -> Flop
 
 
 def _recomputed(
-    shape: Shape, tokens: int, ends: int, adapted: Collection[str], rank: int, product: int
+    shape: ModelDims, tokens: int, ends: int, adapted: Collection[str], rank: int, product: int
 ) -> Flops:
     """A checkpointed block's second forward pass: all but the block's last product."""
     total = Flops(attention=2 * product)
@@ -191,7 +193,7 @@ def _recomputed(
     return total
 
 
-def _prefix_states(shape: Shape, tokens: int, adapters: Adapters) -> Flops:
+def _prefix_states(shape: ModelDims, tokens: int, adapters: Adapters) -> Flops:
     """Forward of a prefix for its keys and values: of the last block only those two."""
     total = Flops()
     for block in range(shape.layers):
@@ -211,7 +213,7 @@ def _prefix_states(shape: Shape, tokens: int, adapters: Adapters) -> Flops:
     return total
 
 
-def _adapted(shape: Shape, adapters: Adapters, block: int) -> set[str]:
+def _adapted(shape: ModelDims, adapters: Adapters, block: int) -> set[str]:
     """Names of the block's adapted linears."""
     first = shape.layers - adapters.num_layers
     return set(adapters.target_modules) if block >= first else set()

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_tuner.engine import linear_attention, lora
 from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.batching import MicroBatch
+from mlx_tuner.engine.cpu_streams import cpu_streams
 from mlx_tuner.engine.gather import Gather
-from mlx_tuner.engine.lanes import lanes
 from mlx_tuner.engine.linear_attention import Chunks
 from mlx_tuner.engine.noise import Noise
 from mlx_tuner.engine.swiglu import swiglu
@@ -196,7 +196,7 @@ def _attention(
         outputs.append(_join_heads(_attend(attention, attention.rope(q), *past))[0])
     offset = layout.prefix + layout.past
     for i, (group, shape) in enumerate(zip(groups, layout.groups, strict=True)):
-        with mx.stream(lanes()[i % len(lanes())]):
+        with mx.stream(cpu_streams()[i % len(cpu_streams())]):
             q, k, v = (_heads(attention, y.reshape(*shape, -1)) for y in group)
             q, k = attention.rope(q, offset=offset), attention.rope(k, offset=offset)
             if past:

@@ -15,8 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_tuner.engine import gated_delta, lora
+from mlx_tuner.engine.cpu_streams import side_by_side
 from mlx_tuner.engine.gather import Gather
-from mlx_tuner.engine.lanes import side_by_side
 
 NORM_EPS = 1e-6
 """Added to the sum of a query's or key's squares, in mlx-lm as in the paper's code."""

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_tuner.engine import fusion, sums
 from mlx_tuner.engine.backend import CPU, Backend
-from mlx_tuner.engine.lanes import lanes
+from mlx_tuner.engine.cpu_streams import cpu_streams
 
 MIN_CHUNK = 32
 """Targets."""
@@ -82,14 +82,14 @@ def _in_chunks(
 ) -> list[list[mx.array]]:
     """Of each chunk the weighted loss and, if asked for, its gradient (n, D)."""
     parts: list[list[mx.array]] = []
-    for start, chunk, lane in _chunks(hidden.shape[0], head.weight.shape[0], backend):
+    for start, chunk, stream in _chunks(hidden.shape[0], head.weight.shape[0], backend):
         rows = slice(start, start + chunk)
         h = hidden[rows]
-        if len(parts) >= len(lanes()):
+        if len(parts) >= len(cpu_streams()):
             # Wait for this stream's previous chunk, so that it has one chunk of logits at a time.
-            (h,) = mx.depends([h], parts[-len(lanes())])
+            (h,) = mx.depends([h], parts[-len(cpu_streams())])
         logits = _logits(head, h)
-        with mx.stream(lane):
+        with mx.stream(stream):
             loss, *error = _softmax_loss(
                 logits, targets[rows], weights[rows], backend.fused, with_gradient
             )
@@ -127,8 +127,8 @@ def _exponentials(fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
 
 
 def _chunks(total: int, vocabulary: int, backend: Backend) -> list[tuple[int, int, mx.Stream]]:
-    """``(start, length, stream)`` of chunks of like length in whole tiles, the lanes in turn."""
-    streams = lanes()
+    """``(start, length, stream)`` of chunks of like length in whole tiles, the streams in turn."""
+    streams = cpu_streams()
     most = max(MIN_CHUNK, backend.chunk_bytes // (4 * vocabulary) // len(streams))
     most = max(1, most // backend.tile) * backend.tile
     size = backend.rounded_up(-(-total // -(-total // most)))

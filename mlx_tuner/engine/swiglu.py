@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_tuner.engine import fusion
-from mlx_tuner.engine.lanes import side_by_side
+from mlx_tuner.engine.cpu_streams import side_by_side
 
 
 def swiglu(gate: mx.array, up: mx.array, *, fused: bool = False) -> mx.array:

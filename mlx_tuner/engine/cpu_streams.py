@@ -1,4 +1,4 @@
-"""Streams on which independent pieces of a graph run side by side.
+"""Runs independent pieces of a graph side by side on the CPU, each on a stream of its own.
 
 MLX's CPU backend runs each element-wise kernel on one thread, so a two-core machine would do
 its softmaxes on one core. On a GPU one stream already fills the machine.
@@ -12,31 +12,31 @@ from functools import cache
 
 import mlx.core as mx
 
-MAX_LANES = 4
+MAX_STREAMS = 4
 
 
-def lanes() -> tuple[mx.Stream, ...]:
-    """One stream on a GPU; on the CPU backend one a core, at most `MAX_LANES`."""
-    return _lanes(mx.default_device().type)
+def cpu_streams() -> tuple[mx.Stream, ...]:
+    """One stream on a GPU; on the CPU backend one a core, at most `MAX_STREAMS`."""
+    return _streams(mx.default_device().type)
 
 
 @cache
-def _lanes(kind: mx.DeviceType) -> tuple[mx.Stream, ...]:
+def _streams(kind: mx.DeviceType) -> tuple[mx.Stream, ...]:
     first = mx.default_stream(mx.Device(kind))
     if kind == mx.gpu:
         return (first,)
-    extra = min(os.cpu_count() or 1, MAX_LANES) - 1
+    extra = min(os.cpu_count() or 1, MAX_STREAMS) - 1
     return (first, *(mx.new_stream(mx.cpu) for _ in range(extra)))
 
 
 def side_by_side(
     function: Callable[..., tuple[mx.array, ...]], *arrays: mx.array, axis: int = 0
 ) -> tuple[mx.array, ...]:
-    """``function(*arrays)``, shared out among the lanes along an axis.
+    """``function(*arrays)``, computed in parts along an axis, a part a stream.
 
     All arrays and results have the axis, in one length, and no piece of it depends on another.
     """
-    streams = lanes()[: arrays[0].shape[axis]]
+    streams = cpu_streams()[: arrays[0].shape[axis]]
     if len(streams) == 1:
         return function(*arrays)
     ends = [arrays[0].shape[axis] * i // len(streams) for i in range(1, len(streams))]
