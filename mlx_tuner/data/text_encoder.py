@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 CACHED_WORDS = 200_000
 CACHED_WORD_CHARS = 2_000_000
@@ -37,6 +37,11 @@ class TextEncoder:
         if backend.pre_tokenizer is not None:
             self._tokenizer.pre_tokenizer = backend.pre_tokenizer
         self._pattern = _word_pattern(backend)
+        # A word of ASCII is split and normalised already: only its bytes are left to be mapped.
+        self._word_tokenizer = Tokenizer(backend.model)
+        self._word_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
         self._words: dict[str, bytes] = {}
         self._word_chars = 0
         self._pieces: dict[str, bytes] = {}
@@ -58,7 +63,7 @@ class TextEncoder:
             else:
                 others.append(text)
         ids |= self._by_words(words)
-        ids |= self._directly(others)
+        ids |= _encoded(self._tokenizer, others)
         known |= {text: ids[text] for text in ids if len(text) <= CACHED_PIECE_CHARS}
         return ids
 
@@ -78,14 +83,15 @@ class TextEncoder:
             self._words, self._word_chars = {}, 0
         known = self._words
         new = set(chain.from_iterable(words.values())).difference(known)
-        known |= self._directly(list(new))
+        known |= _encoded(self._word_tokenizer, list(new))
         self._word_chars += sum(map(len, new))
         ids = known.__getitem__
         return {text: b"".join(map(ids, split)) for text, split in words.items()}
 
-    def _directly(self, texts: list[str]) -> dict[str, bytes]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return {text: packed(one.ids) for text, one in zip(texts, encodings, strict=True)}
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> dict[str, bytes]:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return {text: packed(one.ids) for text, one in zip(texts, encodings, strict=True)}
 
 
 def _word_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
@@ -94,7 +100,14 @@ def _word_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
         return None
     steps = json.loads(backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])
     patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    if len(patterns) != 1 or patterns[0] is None:
+    others = [step for step in steps if step["type"] != "Split"]
+    if (
+        len(patterns) != 1
+        or patterns[0] is None
+        or [step["type"] for step in others] != ["ByteLevel"]
+    ):
+        return None
+    if others[0]["add_prefix_space"] or others[0]["use_regex"]:
         return None
     try:
         pattern = re.compile(_for_ascii(patterns[0]), re.ASCII)
