@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
 from mlx_tuner.commands import data_report
-from mlx_tuner.commands.inspect_data import Inspection, inspect, recipe_for
+from mlx_tuner.commands.inspect_data import Inspection, inspect
 from mlx_tuner.data.survey import histogram
 from mlx_tuner.models.model import load_tokenizer, resolve
+from mlx_tuner.recipe.load import recipe_for
 from mlx_tuner.show.progress import Display
 
 ROWS: list[dict[str, Any]] = [

@@ -203,7 +203,8 @@ def data(
     as_json: bool,
 ) -> None:
     """Check and describe the rows of FILE as a recipe would see them."""
-    from mlx_tuner.commands.inspect_data import inspect, recipe_for
+    from mlx_tuner.commands.inspect_data import inspect
+    from mlx_tuner.recipe.load import recipe_for
     from mlx_tuner.show.progress import Display
 
     seen = recipe_for(file, recipe=recipe, model=model, valid=valid, overrides=overrides)

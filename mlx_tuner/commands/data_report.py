@@ -10,8 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mlx_tuner.commands.inspect_data import DEFAULT_MODEL, FileFacts, Inspection, Shown
+from mlx_tuner.commands.inspect_data import FileFacts, Inspection, Shown
 from mlx_tuner.data.survey import histogram
+from mlx_tuner.recipe.load import DEFAULT_MODEL
 from mlx_tuner.words import plural
 
 _BAR_WIDTH = 40

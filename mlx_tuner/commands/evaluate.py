@@ -15,7 +15,6 @@ from pydantic import computed_field
 
 from mlx_tuner import assembly
 from mlx_tuner.commands import tasks
-from mlx_tuner.commands.inspect_data import recipe_for
 from mlx_tuner.commands.intervals import Interval, Share, mean_over_targets
 from mlx_tuner.commands.quality import code_blocks, is_python, repeats_itself
 from mlx_tuner.data.dataset import Dataset, shared_rows
@@ -29,7 +28,7 @@ from mlx_tuner.models import model as models
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import Answer, answer_all, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
-from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.recipe.load import load_recipe, recipe_for
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.metrics import Figures
 from mlx_tuner.runs.place import RECIPE

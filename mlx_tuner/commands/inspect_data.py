@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +19,9 @@ from mlx_tuner.data.survey import histogram
 from mlx_tuner.errors import Fault
 from mlx_tuner.models import model as models
 from mlx_tuner.recipe import schedule
-from mlx_tuner.recipe.load import load_recipe, parse_recipe
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.show.progress import Display
 from mlx_tuner.words import plural
-
-DEFAULT_MODEL = "builtin:tiny-qwen"
-"""Whose tokenizer counts where no model is named."""
 
 _EXAMPLES = 3
 
@@ -233,43 +228,6 @@ class Inspection:
             "faults": [str(fault) for fault in self.faults],
             "fault_count": self.fault_count,
         }
-
-
-def recipe_for(
-    file: str,
-    *,
-    recipe: Path | None,
-    model: str | None,
-    valid: str | None,
-    overrides: Sequence[str],
-) -> Recipe:
-    """The recipe that `file` is seen through: `recipe`'s other keys, or the defaults.
-
-    Raises:
-        RecipeError: the recipe or an override is wrong.
-    """
-    settings = [f"data.train={_toml(file)}"]
-    if model is not None:
-        settings.append(f"model.path={_toml(model)}")
-    if valid is not None:
-        settings.append(f"data.valid={valid if _is_number(valid) else _toml(valid)}")
-    if recipe is not None:
-        return load_recipe(recipe, [*overrides, *settings], check_paths=False)
-    text = f'[model]\npath = "{DEFAULT_MODEL}"\n[train]\nepochs = 1\n'
-    return parse_recipe(text, source="", folder=Path.cwd(), overrides=[*overrides, *settings])
-
-
-def _toml(text: str) -> str:
-    """A TOML string: a path may look like any other TOML value."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def inspect(recipe: Recipe, display: Display, *, show: int = 0) -> Inspection:

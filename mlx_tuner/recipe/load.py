@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -32,6 +33,9 @@ else:
 
 MAX_RECIPE_BYTES = 1024 * 1024
 _EXAMPLE = 'lora.target_modules=["q_proj", "v_proj"]'
+
+DEFAULT_MODEL = "builtin:tiny-qwen"
+"""Whose tokenizer counts where no model is named."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,43 @@ def parse_recipe(
     report.raise_faults()
     name = Path(source).stem
     return Recipe(folder.name if name == "recipe" else name, folder, **checked)
+
+
+def recipe_for(
+    file: str,
+    *,
+    recipe: Path | None,
+    model: str | None,
+    valid: str | None,
+    overrides: Sequence[str],
+) -> Recipe:
+    """The recipe by which a file of rows is read: the one at `recipe` with this file, or defaults.
+
+    Raises:
+        RecipeError: the recipe or an override is wrong.
+    """
+    settings = [f"data.train={_toml(file)}"]
+    if model is not None:
+        settings.append(f"model.path={_toml(model)}")
+    if valid is not None:
+        settings.append(f"data.valid={valid if _is_number(valid) else _toml(valid)}")
+    if recipe is not None:
+        return load_recipe(recipe, [*overrides, *settings], check_paths=False)
+    text = f'[model]\npath = "{DEFAULT_MODEL}"\n[train]\nepochs = 1\n'
+    return parse_recipe(text, source="", folder=Path.cwd(), overrides=[*overrides, *settings])
+
+
+def _toml(text: str) -> str:
+    """A TOML string: a path may look like any other TOML value."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # From a file to tables
