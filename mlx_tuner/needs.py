@@ -25,6 +25,7 @@ from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.run import SUMMARY, read_summary
 from mlx_tuner.show import story
 from mlx_tuner.system import cache, device
+from mlx_tuner.words import size
 
 _SHORTER = (1024, 512, 256)
 """Tokens of a row that are tried where a longer one does not fit."""
@@ -63,7 +64,7 @@ class Memory:
             ModelError: what it needs, what there is, and what to change.
         """
         if not self.fits:
-            need, have = f"{self.peak / 1e9:.2f} GB", f"{self.budget / 1e9:.2f} GB"
+            need, have = size(self.peak), size(self.budget)
             what = f"needs about {need} of memory, and {have} can be had; {self.advice}, or --force"
             raise ModelError(Fault(name, "", what))
 
@@ -110,7 +111,7 @@ def memory_of(recipe: Recipe, model: nn.Module, config: dict[str, Any], rows: Da
                 changed(shorter, gradient_checkpointing=True, micro_batch_tokens=shorter),
             )
 
-    advice = (text for text, size in remedies() if size <= budget)
+    advice = (text for text, peak in remedies() if peak <= budget)
     otherwise = "take a smaller model, or convert this one with --quantize 4"
     return Memory(parts(recipe, rows.survey.longest), budget, next(advice, otherwise))
 

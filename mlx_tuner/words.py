@@ -30,6 +30,11 @@ def rate(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
+def size(count: float) -> str:
+    """Bytes in decimal units: "4.8 MB", "3.09 GB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def ram(size: int) -> str:
     """Bytes of RAM as it is sold, in binary gigabytes: "48 GB" of 51,539,607,552."""
     return f"{size / 2**30:.0f} GB"

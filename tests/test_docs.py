@@ -21,8 +21,10 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "data/README.md",
     "adapters/README.md",
+    "docs/coming-from.md",
     "docs/compatibility.md",
     "docs/serving.md",
+    "docs/troubles.md",
 ]
 RECIPES = ["quickstart", "first", "improved", "codealpaca"]
 

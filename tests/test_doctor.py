@@ -189,5 +189,5 @@ def test_caches_are_weighed_and_how_to_empty_them_is_said(tmp_path, monkeypatch)
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a").write_bytes(b"x" * 20_000_000)
     (found,) = _caches()
-    assert (found.level, found.what) == ("note", f"0.02 GB in {tmp_path / 'rows'}")
+    assert (found.level, found.what) == ("note", f"20.0 MB in {tmp_path / 'rows'}")
     assert found.advice == f"to empty it: remove {tmp_path / 'rows'}"

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_tuner.show.terminal import console, safe
-from mlx_tuner.words import duration, plural, rate, scientific
+from mlx_tuner.words import duration, plural, rate, scientific, size
 
 WRITER = """
 import sys, time
@@ -96,3 +96,10 @@ def test_numbers_read_as_people_write_them():
     ]
     assert scientific(math.nan) == "nan"
     assert [plural(n, "row") for n in (0, 1, 1000)] == ["0 rows", "1 row", "1,000 rows"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0.0 MB"), (4_826_000, "4.8 MB"), (3_090_000_000, "3.09 GB")]
+)
+def test_bytes_are_told_in_the_unit_that_shows_them(count, text):
+    assert size(count) == text

@@ -9,6 +9,7 @@ import click
 
 from mlx_tuner.cli.options import base_option, example, output_option, push_option, quantize_options
 from mlx_tuner.errors import Fault, UsageError
+from mlx_tuner.words import size
 
 
 @click.command(
@@ -60,7 +61,7 @@ def convert(
         )
     for note in made.notes:
         click.echo(f"note: {note}", err=True)
-    click.echo(f"{output}: {model} in {made.form}, {made.bytes / 1e9:.2f} GB")
+    click.echo(f"{output}: {model} in {made.form}, {size(made.bytes)}")
     for name, value in made.check.lines() if made.check else ():
         click.echo(f"{name:>30}  {value}")
     if push:
@@ -97,9 +98,7 @@ def fuse(
             bits=int(bits) if bits else None,
             group_size=int(group_size),
         )
-    click.echo(
-        f"{output}: {made.base} with {run_or_adapter} in {made.form}, {made.bytes / 1e9:.2f} GB"
-    )
+    click.echo(f"{output}: {made.base} with {run_or_adapter} in {made.form}, {size(made.bytes)}")
     for name, value in made.check.lines():
         click.echo(f"{name:>30}  {value}")
     if push:
@@ -176,13 +175,13 @@ def export(
 
         if form == "gguf-lora":
             kind = cast("gguf_lora.LoraDType", dtype or "f32")
-            size = gguf_lora.export_gguf_lora(run_or_adapter, output, dtype=kind, model=model)
-            click.echo(f"{output}: adapter, {size / 1e6:.1f} MB, for llama.cpp's --lora")
+            written = gguf_lora.export_gguf_lora(run_or_adapter, output, dtype=kind, model=model)
+            click.echo(f"{output}: adapter, {size(written)}, for llama.cpp's --lora")
         else:
             whole = cast("gguf.DType", dtype or "f16")
             with Display() as display:
                 made = gguf.export_gguf(run_or_adapter, output, display, dtype=whole, model=model)
-            click.echo(f"{output}: {whole}, {made.bytes / 1e9:.2f} GB, and {made.modelfile.name}")
+            click.echo(f"{output}: {whole}, {size(made.bytes)}, and {made.modelfile.name}")
             for name, value in made.check.lines():
                 click.echo(f"{name:>30}  {value}")
     if push:

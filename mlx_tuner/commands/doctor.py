@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
-from mlx_tuner.words import ram
+from mlx_tuner.words import ram, size
 
 if TYPE_CHECKING:
     from mlx_tuner.system.device import Machine, Probe
@@ -206,11 +206,11 @@ def _caches() -> Iterator[Finding]:
         ("models kept", Path(constants.HF_HUB_CACHE), "`hf cache prune`, or `hf cache rm NAME`"),
         ("rows kept", cache.user_folder(), f"remove {cache.user_folder()}"),
     ):
-        size = sum(
+        kept = sum(
             f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink()
         )
-        if size:
-            what = f"{size / 1e9:.2f} GB in {folder}"
+        if kept:
+            what = f"{size(kept)} in {folder}"
             yield Finding("note", subject, what, f"to empty it: {empty}")
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mlx_tuner.commands.plan import Plan
 from mlx_tuner.show.chart import Chart, Series
-from mlx_tuner.words import duration, plural, scientific
+from mlx_tuner.words import duration, plural, scientific, size
 
 _BAR = 30
 """Characters of the whole budget."""
@@ -53,7 +53,7 @@ def _facts(planned: Plan) -> Iterator[tuple[str, str]]:
     yield "micro-batch", f"{planned.micro_batch_tokens:,} tokens at most"
     time = "" if planned.seconds is None else f"about {duration(planned.seconds)}, "
     yield "time", f"{time}{planned.seconds_by}"
-    yield "disk", f"{_size(planned.disk_gb)} of checkpoints"
+    yield "disk", f"{size(1e9 * planned.disk_gb)} of checkpoints"
     first, last = planned.learning_rates[0], planned.learning_rates[-1]
     highest = scientific(max(planned.learning_rates))
     yield "learning rate", f"{scientific(first)} → {scientific(last)}, at most {highest}"
@@ -66,15 +66,12 @@ def _memory(planned: Plan) -> RenderableType:
     grid.add_column(no_wrap=True)
     fits = planned.advice is None
     whole = max(planned.budget_gb, planned.peak_memory_gb)
-    for part, size in planned.memory_gb.items():
-        grid.add_row(part, _size(size), Text("█" * round(_BAR * size / whole), "cyan"))
+    for part, gb in planned.memory_gb.items():
+        grid.add_row(part, size(1e9 * gb), Text("█" * round(_BAR * gb / whole), "cyan"))
     style = "bold green" if fits else "bold red"
-    grid.add_row("", _size(planned.peak_memory_gb), f"of {_size(planned.budget_gb)}", style=style)
+    peak, budget = size(1e9 * planned.peak_memory_gb), size(1e9 * planned.budget_gb)
+    grid.add_row("", peak, f"of {budget}", style=style)
     title = Text("peak memory, about", "bold")
     if fits:
         return Group(title, grid)
     return Group(title, grid, Text(f"does not fit: {planned.advice}", "bold red"))
-
-
-def _size(gb: float) -> str:
-    return f"{gb:.2f} GB" if gb >= 0.1 else f"{1000 * gb:.1f} MB"
