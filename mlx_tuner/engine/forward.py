@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_tuner.engine import linear_attention, lora
 from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.batching import MicroBatch
-from mlx_tuner.engine.cpu_streams import cpu_streams
 from mlx_tuner.engine.gather import Gather
 from mlx_tuner.engine.linear_attention import Chunks
 from mlx_tuner.engine.noise import Noise
@@ -195,15 +194,12 @@ def _attention(
         past = (attention.rope(k), v)
         outputs.append(_join_heads(_attend(attention, attention.rope(q), *past))[0])
     offset = layout.prefix + layout.past
-    for i, (group, shape) in enumerate(zip(groups, layout.groups, strict=True)):
-        with mx.stream(cpu_streams()[i % len(cpu_streams())]):
-            q, k, v = (_heads(attention, y.reshape(*shape, -1)) for y in group)
-            q, k = attention.rope(q, offset=offset), attention.rope(k, offset=offset)
-            if past:
-                k, v = (_after(a, b) for a, b in zip(past, (k, v), strict=True))
-            outputs.append(
-                _join_heads(_attend(attention, q, k, v)).reshape(shape[0] * shape[1], -1)
-            )
+    for group, (rows, longest) in zip(groups, layout.groups, strict=True):
+        q, k, v = (_heads(attention, y.reshape(rows, longest, -1)) for y in group)
+        q, k = attention.rope(q, offset=offset), attention.rope(k, offset=offset)
+        if past:
+            k, v = (_after(a, b) for a, b in zip(past, (k, v), strict=True))
+        outputs.append(_join_heads(_attend(attention, q, k, v)).reshape(rows * longest, -1))
     out = slots(mx.concatenate(outputs))
     if sources is not None:
         out, gate = sources(out), gate if gate is None else sources(gate)

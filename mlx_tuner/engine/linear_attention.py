@@ -15,7 +15,6 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_tuner.engine import gated_delta, lora
-from mlx_tuner.engine.cpu_streams import side_by_side
 from mlx_tuner.engine.gather import Gather
 
 NORM_EPS = 1e-6
@@ -147,11 +146,9 @@ def _through_chunks(
 
 
 def _convolved(net: nn.Module, rows: Sequence[int], mixed: mx.array, tail: mx.array) -> mx.array:
-    def convolved(*parts: mx.array) -> tuple[mx.array]:
-        mixed, weight, tail = (part.astype(mx.float32) for part in parts)
-        return (_silu(gated_delta.causal_conv(mixed, weight, tail, rows))[0],)
-
-    return side_by_side(convolved, mixed, net.conv1d.weight[..., 0].T, tail, axis=-1)[0]
+    parts = mixed, net.conv1d.weight[..., 0].T, tail
+    mixed, weight, tail = (part.astype(mx.float32) for part in parts)
+    return _silu(gated_delta.causal_conv(mixed, weight, tail, rows))[0]
 
 
 def _rule(
@@ -169,7 +166,7 @@ def _rule(
     v, log_decay, beta = (y.reshape(*y.shape[:2], *heads, -1) for y in (v, log_decay, beta))
     q, k, v, log_decay, beta = (mx.moveaxis(y, 1, 3) for y in (q, k, v, log_decay, beta))
     inputs = q, k, v, log_decay[..., 0], beta[..., 0], state
-    out, state = side_by_side(partial(gated_delta.scan, rows=rows), *inputs, axis=1)
+    out, state = gated_delta.scan(*inputs, rows)
     return mx.moveaxis(out, 3, 1).reshape(*mixed.shape[:2], -1), state
 
 

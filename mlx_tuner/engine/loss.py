@@ -16,7 +16,6 @@ import mlx.nn as nn
 
 from mlx_tuner.engine import fusion, sums
 from mlx_tuner.engine.backend import CPU, Backend
-from mlx_tuner.engine.cpu_streams import cpu_streams
 
 MIN_CHUNK = 32
 """Targets."""
@@ -82,17 +81,14 @@ def _in_chunks(
 ) -> list[list[mx.array]]:
     """Of each chunk the weighted loss and, if asked for, its gradient (n, D)."""
     parts: list[list[mx.array]] = []
-    for start, chunk, stream in _chunks(hidden.shape[0], head.weight.shape[0], backend):
-        rows = slice(start, start + chunk)
+    for rows in _chunks(hidden.shape[0], head.weight.shape[0], backend):
         h = hidden[rows]
-        if len(parts) >= len(cpu_streams()):
-            # Wait for this stream's previous chunk, so that it has one chunk of logits at a time.
-            (h,) = mx.depends([h], parts[-len(cpu_streams())])
-        logits = _logits(head, h)
-        with mx.stream(stream):
-            loss, *error = _softmax_loss(
-                logits, targets[rows], weights[rows], backend.fused, with_gradient
-            )
+        if parts:
+            # Wait for the previous chunk, so that only one chunk of logits exists at a time.
+            (h,) = mx.depends([h], parts[-1])
+        loss, *error = _softmax_loss(
+            _logits(head, h), targets[rows], weights[rows], backend.fused, with_gradient
+        )
         of_rows = weights[rows, None].astype(h.dtype)
         parts.append([loss, *(of_rows * _times_weight(head, e.astype(h.dtype)) for e in error)])
     return parts
@@ -126,16 +122,12 @@ def _exponentials(fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
     return fusion.fused(exponentials) if fused else exponentials
 
 
-def _chunks(total: int, vocabulary: int, backend: Backend) -> list[tuple[int, int, mx.Stream]]:
-    """``(start, length, stream)`` of chunks of like length in whole tiles, the streams in turn."""
-    streams = cpu_streams()
-    most = max(MIN_CHUNK, backend.chunk_bytes // (4 * vocabulary) // len(streams))
+def _chunks(total: int, vocabulary: int, backend: Backend) -> list[slice]:
+    """Chunks of like length in whole tiles."""
+    most = max(MIN_CHUNK, backend.chunk_bytes // (4 * vocabulary))
     most = max(1, most // backend.tile) * backend.tile
     size = backend.rounded_up(-(-total // -(-total // most)))
-    return [
-        (start, min(size, total - start), streams[i % len(streams)])
-        for i, start in enumerate(range(0, total, size))
-    ]
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def _logits(head: nn.Module, hidden: mx.array) -> mx.array:
