@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # before its first one. Fusing, checking and the gradients of the factors are fp32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Recipe", "finetune", "generate", "load_recipe"]
 
 
