@@ -385,7 +385,7 @@ def stop_training(
 
     for moment in sorted(draw.sample(range(1, steps - SAVE_EVERY), STOPS_A_TURN)):
         reach(trainer, process, draw, moment, pace)
-        if told(trainer)[-1] >= steps - 1:  # one that makes its last step ends, as it should
+        if max(told(trainer), default=0) >= steps - 1:  # its last step ends it, as it should
             break
         sign = draw.choice(list(CODES)) if how == SIGNALS else signal.SIGKILL
         stops = [kill(sign)]

@@ -130,7 +130,8 @@ def largest_step(
         longest: tokens that rows are cut to.
     """
     lengths = np.minimum(rows.survey.tokens[rows.survey.usable], longest)
-    prefix = 0 if recipe.lora.dropout else min(len(rows.survey.prefix), int(lengths.min()) - 1)
+    own = recipe.lora.dropout or recipe.train.neftune_noise  # no prefix is shared then
+    prefix = 0 if own else min(len(rows.survey.prefix), int(lengths.min()) - 1)
     prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
     count = schedule.steps_per_epoch(len(lengths), recipe.train.batch_size)
     steps = [list(each) for each in assembly.row_order(recipe, len(lengths), 0, count)]
