@@ -172,7 +172,7 @@ def test_every_ratio_of_the_readme_is_the_one_that_was_measured(readme: str, roo
 
 def test_the_changelog_and_the_readme_are_about_this_version(readme: str, root: Path) -> None:
     assert mlx_tuner.__version__ in (root / "CHANGELOG.md").read_text("utf-8")
-    assert len(readme.splitlines()) <= 180
+    assert len(readme.splitlines()) < 180
 
 
 def test_every_tick_of_the_readme_stands_for_tests(readme: str, root: Path) -> None:
