@@ -466,7 +466,7 @@ def test_a_model_of_real_size_converts_in_bounded_memory(root, tmp_path):
     done.returncode = os.waitstatus_to_exitcode(status)
     assert done.returncode == 0
     unit = 1 if sys.platform == "darwin" else 1024
-    assert usage.ru_maxrss * unit < 0.8e9 + max(shards)
+    assert usage.ru_maxrss * unit < 0.9e9 + max(shards)
     assert files.verify(made) == []
     assert check_model_folder(made).tensors.keys() == check_model_folder(model).tensors.keys()
     for folder in (model, made):  # pytest would keep the 2 GB

@@ -90,7 +90,7 @@ def test_mlx_lms_adapter_is_evaluated(made):
     rows = made.parent / "valid.jsonl"
     found = json.loads(done("eval", made, "--data", rows, "--samples", 1, "--json"))
     for side, adapter in (("base", None), ("tuned", made)):
-        assert found[side]["loss"] == pytest.approx(loss_by_mlx_lm(BUILTIN, adapter, ROWS)[0])
+        assert found[side]["loss"]["value"] == pytest.approx(loss_by_mlx_lm(BUILTIN, adapter, ROWS)[0])
 
 
 def test_mlx_lms_adapter_is_exported_to_peft(made, logits, tmp_path):
@@ -129,7 +129,8 @@ def test_a_recipe_starts_from_mlx_lms_adapter(made, logits, tmp_path):
         "[train]\nmax_steps = 1\nbatch_size = 4\nlearning_rate = 1e-12\nlog_every = 1\n"
     )
     run = tmp_path / "run"
-    summary = json.loads(done("run", tmp_path / "on.toml", "--run-dir", run, "--json"))
+    done("run", tmp_path / "on.toml", "--run-dir", run)
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["first_loss"] == pytest.approx(loss_by_mlx_lm(BUILTIN, made, ROWS)[0], rel=1e-5)
     # A step that changes next to nothing leaves an adapter that mlx-lm loads as its own.
     again, _ = mlx_lm.load(str(BUILTIN), adapter_path=str(run))

@@ -69,7 +69,7 @@ def test_a_program_cannot_write_read_connect_or_start_another(tmp_path):
 def test_a_program_that_does_not_end_or_takes_all_memory_is_ended(monkeypatch):
     monkeypatch.setattr(tasks, "SECONDS", 1)
     start = time.monotonic()
-    assert run("while True: pass") == "timed out"
+    assert run("while True: pass") in ("timed out", "ended early")  # by the clock or the CPU limit
     assert run("import time; time.sleep(60)") == "timed out"
     assert run("x = [0] * 10**9") in ("raised", "ended early")
     assert time.monotonic() - start < 20

@@ -63,7 +63,8 @@ def test_we_train_on_a_folder_of_ours(made, tmp_path):
         "[train]\nmax_steps = 1\nbatch_size = 4\nlearning_rate = 1e-4\nlog_every = 1\n"
     )
     run = tmp_path / "run"
-    summary = json.loads(done("run", tmp_path / "on.toml", "--run-dir", run, "--json"))
+    done("run", tmp_path / "on.toml", "--run-dir", run)
+    summary = json.loads((run / "summary.json").read_text())
     config = json.loads((made / "config.json").read_text())
     rounding = 0.02 if config["torch_dtype"] == "bfloat16" else 1e-5
     expected, _ = loss_by_mlx_lm(made, None, ROWS)
