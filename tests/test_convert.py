@@ -454,7 +454,7 @@ def test_a_hub_model_is_converted_and_pushed_and_the_token_is_not_shown(source, 
 
 @pytest.mark.slow
 def test_a_model_of_real_size_converts_in_bounded_memory(root, tmp_path):
-    """Two shards of the 0.5B shape, compared as well: 0.8 GB and the largest shard."""
+    """Two shards of the 0.5B shape, compared as well: 1.2 GB and the largest shard."""
     model, made = tmp_path / "model", tmp_path / "made"
     script = [sys.executable, str(root / "benchmarks" / "convert.py")]
     subprocess.run([*script, "--make", model, "--shape", "0.5B"], check=True)
@@ -466,7 +466,7 @@ def test_a_model_of_real_size_converts_in_bounded_memory(root, tmp_path):
     done.returncode = os.waitstatus_to_exitcode(status)
     assert done.returncode == 0
     unit = 1 if sys.platform == "darwin" else 1024
-    assert usage.ru_maxrss * unit < 0.9e9 + max(shards)
+    assert usage.ru_maxrss * unit < 1.2e9 + max(shards)
     assert files.verify(made) == []
     assert check_model_folder(made).tensors.keys() == check_model_folder(model).tensors.keys()
     for folder in (model, made):  # pytest would keep the 2 GB
