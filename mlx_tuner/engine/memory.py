@@ -186,7 +186,7 @@ def step_memory(
         # head leaves. A block that is computed again has all of its gradients at a time, but for
         # those that `recurrence` counts.
         kept=0 if checkpointing else blocks - 0.1,
-        work=(1.7 if recurrence else 2.6) if checkpointing else 0,
+        work=(1.7 if recurrence else 3.1) if checkpointing else 0,
         recurrence=4 * recurrence,
         carried=itemsize * blocks * hidden if checkpointing else 0,
         target=4 * 4 * text["vocab_size"],
