@@ -23,8 +23,8 @@ from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.errors import Fault, TunerError, UsageError
-from mlx_tuner.models import adapter
 from mlx_tuner.models import model as models
+from mlx_tuner.models.adapter import Adapter, apply
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.answers import Answer, answer_all, prompt_tokens
 from mlx_tuner.models.base import check_base, resolve_base
@@ -154,62 +154,103 @@ def evaluate(
     overlap = None if training_rows is None else shared_rows(training_rows, rows)
     if overlap:
         display.note(f"{plural(overlap, 'row')} trained on as well, which flatters the fine-tune")
-    budget = device.memory_budget()
-    with display.task("loading the model"):
-        loaded = models.load(folder)
-        adapter.apply(loaded.model, trained)
-    needs = assembly.step_memory(loaded.model, loaded.config)
-    micro = assembly.micro_batch_tokens(recipe, needs, budget, rows.survey.longest)
-    trainer = Trainer(loaded.model, micro_batch_tokens=micro, backend=assembly.backend())
     asked = questions(tokenizer, rows.examples(range(min(samples, len(rows)))))
     spoken = [[{"role": "user", "content": task.question}] for task in to_do]
     exercises = [prompt_tokens(tokenizer, each, folder) for each in spoken]
-    factors = trainer.state.parameters
-    sides, losses = {}, {}
-    outcomes: dict[str, list[tasks.Outcome]] = {}
+    exam = _Exam(rows, asked, to_do, exercises, tokenizer, max_tokens, display)
+    trainer = _load(folder, trained, recipe, rows, display)
     with device.limits():
+        factors = trainer.state.parameters
         # With factors of zero an adapter adds zero: the base model itself, to the bit.
-        for name, parameters in (("base", mx.zeros_like(factors)), ("tuned", factors)):
-            trainer.state = State.start(parameters)
-            with display.task(f"measuring the {name} model", len(rows)) as advance:
-                losses[name], targets = _losses(trainer, rows, advance)
-
-            def answers(prompts: Sequence[list[int]], what: str, name: str = name) -> list[Answer]:
-                made: list[Answer] = []
-                if prompts:
-                    with display.task(f"{what} with the {name} model", len(prompts)) as advance:
-                        for some in _parts(prompts):
-                            made += answer_all(trainer.tuned(), tokenizer, some, max_tokens)
-                            advance(len(some))
-                return made
-
-            said = answers([question.prompt for question in asked], "answering")
-            written = answers(exercises, "programming")
-            if written:
-                with display.task(f"running its programs ({name})", len(written)) as advance:
-                    made = zip(to_do, written, strict=True)
-                    outcomes[name] = tasks.run_all(
-                        [task.program(answer.text) for task, answer in made], advance
-                    )
-            loss = mean_over_targets(losses[name], targets)
-            passed = [outcome == "passed" for outcome in outcomes.get(name, [])]
-            sides[name] = _side(loss, asked, said, passed)
+        trainer.state = State.start(mx.zeros_like(factors))
+        base = exam.taken("base", trainer)
+        trainer.state = State.start(factors)
+        tuned = exam.taken("tuned", trainer)
     if programs:
-        _keep_outcomes(programs.results or source / TASKS, to_do, outcomes)
-    difference = [t - b for b, t in zip(losses["base"], losses["tuned"], strict=True)]
+        _keep_outcomes(programs.results or source / TASKS, to_do, base.outcomes, tuned.outcomes)
+    differences = [t - b for b, t in zip(base.losses, tuned.losses, strict=True)]
     own = [len(tokenizer.encode(q.answer, add_special_tokens=False)) for q in asked]
     return Evaluation(
         run=str(source),
         model=model or trained.base,
         rows=len(rows),
-        target_tokens=sum(targets),
+        target_tokens=sum(base.targets),
         rows_trained_on=overlap,
         own_answer_tokens=_mean(own),
         max_tokens=max_tokens,
-        base=sides["base"],
-        tuned=sides["tuned"],
-        difference=mean_over_targets(difference, targets),
+        base=_side(base, asked),
+        tuned=_side(tuned, asked),
+        difference=mean_over_targets(differences, base.targets),
     )
+
+
+def _load(
+    folder: Path, trained: Adapter, recipe: Recipe, rows: Dataset, display: Display
+) -> Trainer:
+    """The base with the adapter, in a trainer that measures losses in as much memory as there is."""
+    budget = device.memory_budget()
+    with display.task("loading the model"):
+        loaded = models.load(folder)
+        apply(loaded.model, trained)
+    needs = assembly.step_memory(loaded.model, loaded.config)
+    micro = assembly.micro_batch_tokens(recipe, needs, budget, rows.survey.longest)
+    return Trainer(loaded.model, micro_batch_tokens=micro, backend=assembly.backend())
+
+
+# ---- what both models are put to -----------------------------------------------------------------
+
+
+class _Taken(NamedTuple):
+    """What one of the models made of it."""
+
+    losses: list[float]
+    """Of each row, the sum over its target tokens."""
+    targets: list[int]
+    """Their number."""
+    answers: list[Answer]
+    """To the questions."""
+    outcomes: list[tasks.Outcome]
+    """Of the programs that it wrote, a task each."""
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """Rows, questions and tasks, the same for base and tuned model."""
+
+    rows: Dataset
+    asked: Sequence[Question]
+    to_do: Sequence[tasks.Task]
+    exercises: Sequence[list[int]]
+    """The prompts of the tasks."""
+    tokenizer: Any
+    max_tokens: int
+    display: Display
+
+    def taken(self, name: str, trainer: Trainer) -> _Taken:
+        """Put the trainer's model, as it is now, to all of it."""
+        with self.display.task(f"measuring the {name} model", len(self.rows)) as advance:
+            losses, targets = _losses(trainer, self.rows, advance)
+        prompts = [question.prompt for question in self.asked]
+        answers = self._answers(trainer, prompts, f"answering with the {name} model")
+        return _Taken(losses, targets, answers, self._outcomes(name, trainer))
+
+    def _outcomes(self, name: str, trainer: Trainer) -> list[tasks.Outcome]:
+        written = self._answers(trainer, self.exercises, f"programming with the {name} model")
+        if not written:
+            return []
+        pairs = zip(self.to_do, written, strict=True)
+        programs = [task.program(answer.text) for task, answer in pairs]
+        with self.display.task(f"running its programs ({name})", len(programs)) as advance:
+            return tasks.run_all(programs, advance)
+
+    def _answers(self, trainer: Trainer, prompts: Sequence[list[int]], what: str) -> list[Answer]:
+        made: list[Answer] = []
+        if prompts:
+            with self.display.task(what, len(prompts)) as advance:
+                for some in _parts(prompts):
+                    made += answer_all(trainer.tuned(), self.tokenizer, some, self.max_tokens)
+                    advance(len(some))
+        return made
 
 
 def _losses(
@@ -225,31 +266,32 @@ def _losses(
     return sums, targets
 
 
-def _side(
-    loss: Interval, asked: Sequence[Question], said: Sequence[Answer], passed: Sequence[bool]
-) -> Side:
+def _side(taken: _Taken, asked: Sequence[Question]) -> Side:
+    said = taken.answers
     due = [a.text for q, a in zip(asked, said, strict=True) if is_python(q.answer)]
     same = [q.answer.strip() == a.text.strip() for q, a in zip(asked, said, strict=True)]
     return Side(
-        loss=loss,
+        loss=mean_over_targets(taken.losses, taken.targets),
         stops=_share([answer.stopped for answer in said]),
         repeats=_share([repeats_itself(answer.text) for answer in said]),
         fenced=_share([bool(code_blocks(answer.text)) for answer in said]),
         parses=_share([is_python(text) for text in due]),
         exact=_share(same),
         answer_tokens=_mean([answer.tokens for answer in said]),
-        passes=_share(passed),
+        passes=_share([outcome == "passed" for outcome in taken.outcomes]),
     )
 
 
 def _keep_outcomes(
-    path: Path, to_do: Sequence[tasks.Task], outcomes: dict[str, list[tasks.Outcome]]
+    path: Path,
+    to_do: Sequence[tasks.Task],
+    base: Sequence[tasks.Outcome],
+    tuned: Sequence[tasks.Outcome],
 ) -> None:
     """Write a line for each task: how the base's program ended, and the tuned model's."""
-    pairs = zip(to_do, outcomes["base"], outcomes["tuned"], strict=True)
     lines = [
-        json.dumps({"task_id": task.task_id, "base": base, "tuned": tuned}) + "\n"
-        for task, base, tuned in pairs
+        json.dumps({"task_id": task.task_id, "base": before, "tuned": after}) + "\n"
+        for task, before, after in zip(to_do, base, tuned, strict=True)
     ]
     files.write_text(path, "".join(lines))
 
