@@ -22,6 +22,7 @@ from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models import architecture
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
+from mlx_tuner.runs.checkpoints import MOST_AT_ONCE
 from mlx_tuner.runs.run import SUMMARY, read_summary
 from mlx_tuner.show import story
 from mlx_tuner.system import cache, device
@@ -35,8 +36,6 @@ _EFFICIENCY = 0.5
 """Of a chip's peak, that a run is taken to reach where nothing was measured."""
 _LARGEST = 16
 """Steps of the most tokens, and as many of the longest rows, that are laid out to compare."""
-_CHECKPOINTS = 4
-"""On the disk at once; each holds the adapter and its two moments."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,11 @@ def rehearse(
 
 
 def disk_bytes(trainable_parameters: int) -> int:
-    """Bytes of a run's checkpoints and adapter, fp32."""
-    return 4 * trainable_parameters * (3 * _CHECKPOINTS + 1)
+    """The most that a run takes on the disk: its adapter, and checkpoints of that and two moments.
+
+    All are fp32. Small files are left out.
+    """
+    return 4 * trainable_parameters * (3 * MOST_AT_ONCE + 1)
 
 
 def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[float | None, str]:

@@ -86,7 +86,7 @@ def finetune(
         with device.limits():
             pulse.started(trainer.micro_batch_tokens)
             needs.rehearse(recipe, trainer, data.train, step, memory.budget)
-            run.require_space(snapshot.checkpoint_bytes(trainer))
+            run.require_space(needs.disk_bytes(assembly.trainable_parameters(loaded.model)))
             asked = assembly.sample_prompts(recipe, loaded)
             session = Session(
                 recipe, run, display, trainer, data, rates, same, pulse, loaded.tokenizer, asked

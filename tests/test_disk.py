@@ -9,6 +9,7 @@ import disk
 import pytest
 
 from mlx_tuner.errors import RunError
+from mlx_tuner.needs import disk_bytes
 from mlx_tuner.runs.run import Run
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT)
@@ -62,9 +63,35 @@ def test_a_run_that_the_disk_has_no_room_for_is_refused_before_it_begins(tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with Run(tmp_path / "run") as run:
         with pytest.raises(RunError, match="checkpoints need 5,000 bytes, 4,999 are free; free"):
-            run.require_space(1000)
-        run.require_space(999)
+            run.require_space(5_000)
+        run.require_space(4_999)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_asked_of_the_disk_is_the_most_that_a_run_takes_of_it(tmp_path, monkeypatch):
+    """An adapter of 1,000 numbers, beside its two moments; the best checkpoint is an old one."""
+    taken = []
+
+    def save(run, step, best):
+        def write(folder):
+            (folder / "adapters.safetensors").write_bytes(bytes(4_000))
+            (folder / "optimizer.safetensors").write_bytes(bytes(8_000))
+            taken.append(sum(path.stat().st_size for path in run.path.rglob("*.safetensors")))
+
+        run.save_checkpoint(step, write, {}, best_step=best)
+        run.publish(lambda folder: (folder / "adapters.safetensors").write_bytes(bytes(4_000)))
+
+    with Run(tmp_path / "run") as run:
+        run.begin(disk.OLD)
+        for step in range(1, 8):
+            save(run, step, best=1)
+        assert max(taken) == disk_bytes(1_000)
+        # What it has by then is no longer asked for, nor when it is resumed or replaced.
+        usage = namedtuple("usage", "total used free")(10**9, 10**9, 52_000 - 36_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        run.require_space(disk_bytes(1_000))
+        with pytest.raises(RunError, match="are free"):
+            run.require_space(disk_bytes(1_000) + 10_000)
 
 
 def test_a_power_loss_leaves_the_newest_checkpoint_that_was_promised(tmp_path):

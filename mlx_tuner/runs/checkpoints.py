@@ -15,6 +15,8 @@ STATE = "state.json"
 
 _KEPT = 2
 """The newest ones, beside the best: the second is there if the first is damaged."""
+MOST_AT_ONCE = _KEPT + 2
+"""On the disk: those, the best, and one that is being written."""
 
 
 @dataclass(frozen=True)

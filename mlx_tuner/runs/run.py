@@ -38,9 +38,6 @@ _OURS = (
 )
 """What `overwrite` replaces. The recipe is the last to go and to come back: it makes a run."""
 
-_COPIES = 5
-"""Checkpoints that may be on the disk at once: two, the best, a new one; and one of leeway."""
-
 
 class Run:
     """A run directory that this process holds. Use it in a `with` block.
@@ -116,13 +113,18 @@ class Run:
             files.write_text(self.path / RECIPE, recipe_toml)
             own.remember(recipe_toml)
 
-    def require_space(self, checkpoint_bytes: int) -> None:
-        """Refuse a run whose checkpoints the disk has no room for.
+    def require_space(self, most: int) -> None:
+        """Refuse a run that the disk has no room for.
+
+        Args:
+            most: bytes that it will take. Checkpoints that are there already are part of them, or
+                make room for them.
 
         Raises:
             RunError: bytes needed and bytes free.
         """
-        needed, free = _COPIES * checkpoint_bytes, shutil.disk_usage(self.path).free
+        there = sum(path.stat().st_size for path in (self.path / CHECKPOINTS).glob("*/*"))
+        needed, free = most - there, shutil.disk_usage(self.path).free
         if free < needed:
             what = (
                 f"checkpoints need {needed:,} bytes, {free:,} are free; "
