@@ -1,13 +1,16 @@
 """What may be done to a run: kills, signals, a disk that fails, damage, many starts at once.
 
-    python benchmarks/chaos.py                      # 100 stops of each kind
+    python benchmarks/chaos.py                            # 100 stops of each kind
     python benchmarks/chaos.py --stops 10 --seed 1
+    python benchmarks/chaos.py --part "power" "50 starts" # others stay as they are in the results
 
 A turn is one training (`recipes/quickstart.toml`, fewer steps), stopped five times, or five
 conversions or mergers, or a fifth … of the other counts. The moments are drawn: after any step,
 while a checkpoint is being written or the validation loss taken, and while a run starts. A killed
 child is started again by its parent; a killed parent must take its child along, and the run is
 continued with `--resume`; after SIGINT, SIGTERM and SIGHUP the exit code must be 130, 143 or 129.
+A run whose clock jumps by days, and one that is stopped for a minute as by a machine that sleeps,
+must neither start again nor end otherwise.
 
 `survived` is the share of stops after which a run went on at the step after its newest checkpoint,
 which verified; of conversions after which the folder was absent or complete; of boundaries of a
@@ -35,20 +38,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 
-from harness import ROOT, Measures, options, preload_openblas, save, table
+from harness import RESULTS, ROOT, Measures, options, preload_openblas, result, table_of
 from safetensors.numpy import load_file
 
 from mlx_tuner import cli, training
 from mlx_tuner.errors import RunError
 from mlx_tuner.models.model import resolve
 from mlx_tuner.runs import checkpoints, supervisor
-from mlx_tuner.runs.run import Run, read_summary
+from mlx_tuner.runs.metrics import TrainRecord
+from mlx_tuner.runs.run import Run, read_records, read_summary
 from mlx_tuner.system import blas, files
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -59,11 +63,13 @@ SAVE_EVERY, STOPS_A_TURN = 5, 5
 AIMED = 0.3
 """Share of the stops for which the next file to be written is waited for."""
 AT_THE_START = 0.25
-"""Share of the resumed runs that are killed once more while they start."""
+"""Share of the resumed runs that are stopped once more while they start."""
 CHILD, PARENT, SIGNALS = "child", "parent", "signals"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT)
 AT_ONCE = 50
+ASLEEP_SECONDS = 60.0
+DAY_SECONDS = 86_400
 PATIENCE_SECONDS = 300.0
 """For a run to come to its next step: longer is an error of this script or of the run."""
 
@@ -374,10 +380,10 @@ def stop_training(
     survived, steps_lost, resume_seconds = [], [], []
     process = trainer.start()
 
-    def kill(sign: signal.Signals = signal.SIGKILL) -> bool:
+    def stop(sign: signal.Signals, *also: int) -> bool:
         below = children(process)
         process.send_signal(sign)
-        good = process.wait() == CODES.get(sign, -sign)
+        good = process.wait() in {CODES.get(sign, -sign), *also}
         deadline = time.monotonic() + 5
         while any(map(is_alive, below)) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -388,19 +394,20 @@ def stop_training(
         if max(told(trainer), default=0) >= steps - 1:  # its last step ends it, as it should
             break
         sign = draw.choice(list(CODES)) if how == SIGNALS else signal.SIGKILL
-        stops = [kill(sign)]
+        stops = [stop(sign)]
         saved = trainer.saved()
         steps_lost.append(told(trainer)[-1] - saved)
         if draw.random() < AT_THE_START:
             process = trainer.start()
             time.sleep(draw.uniform(0, 5))
-            stops.append(kill() and trainer.saved() >= saved)
+            # Before it handles signals it dies of them, or of an interrupt.
+            stops.append(stop(sign, -sign, 1) and trainer.saved() >= saved)
             saved = trainer.saved()
         begin = time.perf_counter()
         process = trainer.start()
         went_on = await_step(trainer, process, 1)[:1] == [saved + 1]
         resume_seconds.append(time.perf_counter() - begin)
-        survived += [stop and went_on for stop in stops]
+        survived += [stopped and went_on for stopped in stops]
     finish(trainer, process)
     return {
         "stops": len(survived),
@@ -409,6 +416,67 @@ def stop_training(
         "steps_lost": mean(steps_lost),
         "resume_seconds": mean(resume_seconds),
     }
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def jump_clock(steps: int, unbroken: Path, folder: Path) -> Measures:
+    """A training whose clock goes a day back or forth at each look."""
+    real, draw = time.time, random.Random(0)
+    time.time = lambda: real() + draw.choice((-DAY_SECONDS, 0, DAY_SECONDS))
+    try:
+        trainer = Ours(folder, steps)
+        begin = time.perf_counter()
+        finish(trainer, trainer.start())  # a fork of this process, and so of its clock
+        seconds = time.perf_counter() - begin
+    finally:
+        time.time = real
+    return {
+        "stops": 1,
+        "survived": float(has_sane_rates(trainer.run, seconds)),
+        "same_result": float(same(trainer.adapter, unbroken)),
+    }
+
+
+def sleep_a_minute(whole: bool, steps: int, unbroken: Path, folder: Path) -> Measures:
+    """A training that stands still for longer than its parent's patience.
+
+    Args:
+        whole: with its parent, as when a machine sleeps; else the child alone is stopped.
+    """
+    tick, patience = supervisor.TICK, supervisor.PATIENCE
+    supervisor.TICK, supervisor.PATIENCE = 1.0, ASLEEP_SECONDS / 4
+    try:
+        trainer = Ours(folder, steps)
+        begin = time.perf_counter()
+        process = trainer.start()
+        await_step(trainer, process, 3)
+        asleep = [*children(process), *([process.pid] if whole else [])]
+        for pid in asleep:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(ASLEEP_SECONDS)
+        for pid in reversed(asleep):
+            os.kill(pid, signal.SIGCONT)
+        finish(trainer, process)
+    finally:
+        supervisor.TICK, supervisor.PATIENCE = tick, patience
+    summary = read_summary(trainer.run)
+    sane = has_sane_rates(trainer.run, time.perf_counter() - begin)
+    return {
+        "stops": 1,
+        "survived": float(summary is not None and summary.restarts == 0 and sane),
+        "same_result": float(same(trainer.adapter, unbroken)),
+    }
+
+
+def has_sane_rates(run: Path, seconds: float) -> bool:
+    """Whether a run of so many seconds tells of no more, and of speeds that can be."""
+    lines = [record for record in read_records(run) if isinstance(record, TrainRecord)]
+    return all(
+        0 < line.elapsed_seconds <= seconds and 0 < line.samples_per_second < 10_000
+        for line in lines
+    )
 
 
 # ---- the disk ----------------------------------------------------------------------------------
@@ -455,8 +523,7 @@ def lose_power(scratch: Path, states: int, seed: int) -> Measures:
     """What may be left after each call: unflushed writes gone, in any combination."""
     survived = []
     for path, promised in disk.states_after_power_loss(scratch, states, seed):
-        if promised:
-            survived.append(disk.newest_step(path) >= promised)
+        survived.append(disk.newest_step(path) >= promised)
     return {"stops": len(survived), "survived": mean(survived)}
 
 
@@ -489,20 +556,28 @@ def damage(run: Path, count: int, draw: random.Random, scratch: Path) -> Measure
 
 
 def start_at_once(folder: Path) -> Measures:
-    """Fifty runs in one folder: how many train, and how long the others take to say no."""
+    """Fifty runs in one folder: how many train, and how long the others take to say no.
+
+    Seconds are from the start of each process to its end, and of its CPU time.
+    """
     trainer = Ours(folder, 1000)
     runs, begun = [], []
     for number in range(AT_ONCE):
         trainer.log = folder / f"log-{number}"
         begun.append(time.perf_counter())
         runs.append((trainer.start_new(), trainer.log))
-    seconds: dict[int, float] = {}
+    seconds, cpu_seconds = {}, []
     while len(seconds) < AT_ONCE - 1 and time.perf_counter() - begun[0] < PATIENCE_SECONDS:
         for number, (process, _) in enumerate(runs):
-            if number not in seconds and process.poll() is not None:
+            if number in seconds:
+                continue
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
                 seconds[number] = time.perf_counter() - begun[number]
+                cpu_seconds.append(usage.ru_utime + usage.ru_stime)
         time.sleep(0.005)
-    (winner,) = [process for process, _ in runs if process.poll() is None]
+    (winner,) = [process for process, _ in runs if process.returncode is None]
     named = f"in use by process {winner.pid},"
     refused = [
         process.returncode == 1 and named in log.read_text()
@@ -524,6 +599,7 @@ def start_at_once(folder: Path) -> Measures:
         "survived": mean(refused),
         "seconds_until_refused": median(seconds.values()),
         "slowest_refusal_seconds": max(seconds.values()),
+        "cpu_seconds_until_refused": median(cpu_seconds),
     }
 
 
@@ -580,71 +656,85 @@ def main() -> None:
     parser.add_argument("--damages", type=int, default=1600, help="to a checkpoint")
     parser.add_argument("--steps", type=int, default=40, help="of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--minutes", type=float, default=1e6, help="for stops; fewer are made then")
-    parser.add_argument("--only", nargs="*", default=[], help="variants by a part of their name")
+    parser.add_argument("--part", nargs="*", default=[], help="of the table, by part of its name")
     args = parser.parse_args()
     preload_openblas()
     training.models.load_tokenizer(resolve(BUILTIN))  # imports what every fork would import again
     for number in CODES:  # a job in the background has them ignored, and so would its children
         signal.signal(number, signal.default_int_handler)
-    turns = -(-args.stops // STOPS_A_TURN)
+    path = RESULTS / f"{args.name or 'chaos'}.json"
 
     def wanted(name: str) -> bool:
-        return not args.only or any(part in name for part in args.only)
+        return not args.part or any(part in name for part in args.part)
 
     with tempfile.TemporaryDirectory() as scratch:
         new = lambda: Path(tempfile.mkdtemp(dir=scratch))  # noqa: E731
-        unbroken = {}
-        for kind in (Ours, MlxLm):
-            if kind is Ours or wanted("mlx_lm.lora, SIGKILL"):
-                (first, _), second = (train(kind(new(), args.steps), args.steps) for _ in "ab")
-                if not same(first, second[0]):
-                    raise SystemExit(f"{kind.__name__}: two runs that nobody stopped differ")
-                unbroken[kind] = second
-        run = unbroken[Ours][0].parent
-        draws = {name: random.Random(args.seed) for name in ("a", "b", "c", "d", "e", "f", "g")}
-        ours, theirs = unbroken[Ours], unbroken.get(MlxLm, (run, 1.0))
-        variants: dict[str, Callable[[], Measures]] = {
-            "child, SIGKILL": lambda: kill_children(draws["a"], args.steps, *ours, new()),
-            "parent, SIGKILL": lambda: stop_training(
-                Ours, PARENT, draws["b"], args.steps, *ours, new()
-            ),
-            "run, signals": lambda: stop_training(
-                Ours, SIGNALS, draws["c"], args.steps, *ours, new()
-            ),
-            "mlx_lm.lora, SIGKILL": lambda: stop_training(
-                MlxLm, PARENT, draws["d"], args.steps, *theirs, new()
-            ),
-            "convert, SIGKILL": lambda: stop_conversion(
-                ("convert", BUILTIN, "--dtype", "float16"), new(), draws["e"]
-            ),
-            "fuse, SIGKILL": lambda: stop_conversion(("fuse", str(run)), new(), draws["f"]),
-        }
+        steps, states, damages = args.steps, args.states, args.damages
+
+        @cache
+        def unbroken(kind: type[Trainer]) -> tuple[Path, float]:
+            (first, _), second = (train(kind(new(), steps), steps) for _ in "ab")
+            if not same(first, second[0]):
+                raise SystemExit(f"{kind.__name__}: two runs that nobody stopped differ")
+            return second
+
+        def stop(kind: type[Trainer], how: str, draw: random.Random) -> Measures:
+            return stop_training(kind, how, draw, steps, *unbroken(kind), new())
+
+        draws = {name: random.Random(args.seed) for name in "abcdefg"}
+        ours = lambda: unbroken(Ours)[0]  # noqa: E731
         once: dict[str, Callable[[], Measures]] = {
             "save, each boundary": lambda: kill_at_boundaries(new()),
             "disk errors": lambda: fail_calls(new()),
-            "power loss": lambda: lose_power(new(), args.states, args.seed),
-            "damage": lambda: damage(run, args.damages, draws["g"], new()),
+            "power loss": lambda: lose_power(new(), states, args.seed),
+            "damage": lambda: damage(ours().parent, damages, draws["g"], new()),
             "50 starts": lambda: start_at_once(new()),
+            "clock, a day off": lambda: jump_clock(steps, ours(), new()),
+            "child asleep": lambda: sleep_a_minute(False, steps, ours(), new()),
+            "both asleep": lambda: sleep_a_minute(True, steps, ours(), new()),
         }
-        said = partial(print, flush=True)
-        runs = {}
+        converted = ("convert", BUILTIN, "--dtype", "float16")
+        turns: dict[str, Callable[[], Measures]] = {
+            "child, SIGKILL": lambda: kill_children(draws["a"], steps, *unbroken(Ours), new()),
+            "parent, SIGKILL": lambda: stop(Ours, PARENT, draws["b"]),
+            "run, signals": lambda: stop(Ours, SIGNALS, draws["c"]),
+            "mlx_lm.lora, SIGKILL": lambda: stop(MlxLm, PARENT, draws["d"]),
+            "convert, SIGKILL": lambda: stop_conversion(converted, new(), draws["e"]),
+            "fuse, SIGKILL": lambda: stop_conversion(
+                ("fuse", str(ours().parent)), new(), draws["f"]
+            ),
+        }
+        runs: dict[str, list[Measures]] = {}
+
+        def take(name: str, look: Callable[[], Measures]) -> None:
+            runs.setdefault(name, []).append(look())
+            print(name, runs[name][-1], flush=True)
+            record(path, runs, steps=args.steps, anew=not args.part)
+
         with disk.instant():
-            for name, look in once.items():
-                if wanted(name):
-                    runs[name] = [look()]
-                    said(name, runs[name][0])
-        end = time.monotonic() + 60 * args.minutes
-        for _ in range(turns):
-            for name, variant in variants.items():
-                if wanted(name) and time.monotonic() < end:
-                    runs.setdefault(name, []).append(variant())
-                    said(name, runs[name][-1])
-    print(table(runs))
-    stops = {name: int(sum(turn["stops"] for turn in found)) for name, found in runs.items()}
-    settings = {"steps": args.steps, "save_every": SAVE_EVERY, "turns": turns}
-    told_stops = ", ".join(f"{count} × {name}" for name, count in stops.items())
-    print(save(args.name or "chaos", runs, settings={**settings, "stops": told_stops}))
+            for name in filter(wanted, once):
+                take(name, once[name])
+
+        def are_missing(name: str) -> bool:
+            return wanted(name) and sum(turn["stops"] for turn in runs.get(name, [])) < args.stops
+
+        while missing := [*filter(are_missing, turns)]:
+            for name in missing:
+                take(name, turns[name])
+    print(table_of(json.loads(path.read_text())))
+
+
+def record(path: Path, runs: Mapping[str, list[Measures]], *, steps: int, anew: bool) -> None:
+    """Write what there is so far, with all stops of a kind; parts that were not run stay."""
+    counted = {
+        name: [{**turn, "stops": sum(each["stops"] for each in turns)} for turn in turns]
+        for name, turns in runs.items()
+    }
+    settings = {"steps": steps, "save_every": SAVE_EVERY}
+    found = result("chaos", counted, settings=settings)
+    if path.exists() and not anew:
+        found["measures"] = json.loads(path.read_text())["measures"] | found["measures"]
+    files.write_json(path, found)
 
 
 if __name__ == "__main__":

@@ -212,9 +212,9 @@ class Journal:
         """From here on this must be found after a power loss."""
         self.marks.append((len(self.operations), what))
 
-    def promised(self, length: int) -> int | None:
-        """The last promise at a time when `length` operations had been made; None before any."""
-        return next((what for at, what in reversed(self.marks) if at <= length), None)
+    def promised(self, length: int) -> int:
+        """The last promise at a time when `length` operations had been made."""
+        return next(what for at, what in reversed(self.marks) if at <= length)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -334,7 +334,10 @@ class Journal:
 
 
 def states_after_power_loss(scratch: Path, count: int, seed: int) -> Iterator[tuple[Path, int]]:
-    """At least `count` states that `history` may be left in: a folder, and the step promised."""
+    """At least `count` states that `history` may be left in: a folder, and the step promised.
+
+    All are from after the first promise.
+    """
     journal, discard = Journal(scratch / "disk"), files.discard
     journal.root.mkdir()
     files.discard = lambda path: None  # what is gone by name may stay on the disk
@@ -343,7 +346,8 @@ def states_after_power_loss(scratch: Path, count: int, seed: int) -> Iterator[tu
             history(journal.root / "run", journal.promise)
     finally:
         files.discard = discard
-    draw, length = random.Random(seed), len(journal.operations)
-    for number in range(max(count, length)):
-        journal.lose_power(number % length + 1, draw, scratch / "left")
-        yield scratch / "left" / "run", journal.promised(number % length + 1) or 0
+    draw, lengths = random.Random(seed), range(journal.marks[0][0], len(journal.operations) + 1)
+    for number in range(max(count, len(lengths))):
+        length = lengths[number % len(lengths)]
+        journal.lose_power(length, draw, scratch / "left")
+        yield scratch / "left" / "run", journal.promised(length)
