@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -262,6 +263,51 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(model,
         )
 
 
+def test_every_kind_of_tokenizer_is_held_to_the_embeddings_rows(model, tmp_path):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    pieces = [[f"piece-{i}", -1.0] for i in range(3_000)]
+    tokenizer["model"] = {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    edit(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    said = refusal("data", tmp_path, model=model)
+    assert "but the embedding has 2048 rows" in said
+
+
+def test_one_ctrl_c_ends_a_command_whose_template_does_not_end(model, tmp_path):
+    """Here the limit on rendering a row is ten minutes."""
+    template = json.loads((model / "tokenizer_config.json").read_text())["chat_template"]
+    trap = (
+        "{% for m in messages %}{% if m.content == '1 + 1?' %}" + LOOPS + "{% endif %}{% endfor %}"
+    )
+    (model / "chat_template.jinja").write_text(template + trap)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1?", "completion": "2"}\n' * 8)
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mlx_tuner.cli import main\n"
+        "from mlx_tuner.models import chat_template\n"
+        "render, chat_template.ROW_SECONDS = chat_template.Bounded.__call__, 600\n"
+        "def watched(self, conversation, *more, **options):\n"
+        "    Path('rendering').touch()\n"
+        "    return render(self, conversation, *more, **options)\n"
+        "chat_template.Bounded.__call__ = watched\n"
+        "main(['data', 'rows.jsonl', '--model', 'model'])\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not (tmp_path / "rendering").exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, output = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "Traceback" not in output
+
+
 def test_a_header_of_58_megabytes_is_refused_before_it_is_read(model, tmp_path):
     header = json.dumps({"x" * 58_000_000: 1}).encode()
     path = model / "model.safetensors"
@@ -337,6 +383,66 @@ def check_refusals_of(command, name, good, adapter, tmp_path):
 def test_a_hostile_adapter_config_is_refused_in_a_line(adapter, tmp_path, changes, said):
     edit(adapter / "adapter_config.json", **changes)
     assert said in refusal("fuse", tmp_path, model=None, adapter=adapter)
+
+
+def test_a_rank_or_patterns_that_would_take_memory_or_time_are_refused_unbuilt(adapter, tmp_path):
+    shutil.rmtree(adapter)
+    adapter.mkdir()
+    modules = [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in range(2_000)]
+    tensors = {f"{module}.lora_A.weight": mx.zeros((1, 64)) for module in modules}
+    tensors |= {f"{module}.lora_B.weight": mx.zeros((64, 1)) for module in modules}
+    tensors[f"{modules[0]}.lora_A.weight"] = mx.zeros((20_000, 64))
+    tensors[f"{modules[0]}.lora_B.weight"] = mx.zeros((64, 20_000))
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), tensors)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    for changes, said in (
+        ({"rank_pattern": {"layers.0.self_attn.q_proj": 20_000}}, "the largest rank, 20,000"),
+        ({"alpha_pattern": {f".*{i}.*x": 2 for i in range(100)}}, "too many patterns"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "the pattern '(a+)+$' is too complicated"),
+        ({"rank_pattern": {"9" * 5_000: 2}}, "is too complicated; write the modules' names"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        assert said in refusal("import", tmp_path, model=None, adapter=adapter)
+
+
+@pytest.mark.parametrize("steps", ["[]", "9" * 400, "{}"])
+def test_a_summary_that_is_none_is_refused_in_a_line(good, adapter, tmp_path, steps):
+    (adapter / "recipe.toml").write_text(STRANGERS.format(rows=tmp_path / "no.jsonl", prompt='"x"'))
+    (adapter / "summary.json").write_text(f'{{"steps": {steps}}}')
+    said = refusal("fuse", tmp_path, model=good, adapter=adapter)
+    assert "summary.json: is not the summary of a run" in said
+
+
+STRANGERS = """
+[model]
+path = "builtin:tiny-qwen"
+[data]
+train = "{rows}"
+system_prompt = {prompt}
+[train]
+max_steps = 1
+"""
+
+
+def test_the_rows_of_a_strangers_run_are_not_opened_and_its_prompt_stays_as_it_is(
+    adapter, tmp_path
+):
+    """Here they are a pipe, on which whoever opens it waits for ever."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    recipe = STRANGERS.format(rows=tmp_path / "rows.jsonl", prompt='"/no_think Be brief."')
+    (adapter / "recipe.toml").write_text(recipe)
+    with at_most(60):
+        result = CliRunner().invoke(main, ["fuse", str(adapter), "-o", str(tmp_path / "fused")])
+    assert result.exit_code == 0, result.output
+    assert "fixed prompts" in result.output
+    assert 'system_prompt = "/no_think Be brief."' in (tmp_path / "fused" / "README.md").read_text()
+
+
+def test_a_system_prompt_cannot_write_lines_of_a_modelfile(good, adapter, tmp_path):
+    prompt = json.dumps('a"""\nFROM evil')
+    (adapter / "recipe.toml").write_text(STRANGERS.format(rows="rows.jsonl", prompt=prompt))
+    said = refusal("export", tmp_path, model=good, adapter=adapter)
+    assert 'system prompt: holds """ or ends in a quote' in said
 
 
 def test_a_plot_that_is_no_png_is_not_published(good, adapter, tmp_path):
