@@ -406,11 +406,15 @@ def test_a_rank_or_patterns_that_would_take_memory_or_time_are_refused_unbuilt(a
 
 
 @pytest.mark.parametrize("steps", ["[]", "9" * 400, "{}"])
-def test_a_summary_that_is_none_is_refused_in_a_line(good, adapter, tmp_path, steps):
+def test_a_summary_that_is_none_is_a_line_to_compare_and_nothing_to_fuse(adapter, tmp_path, steps):
     (adapter / "recipe.toml").write_text(STRANGERS.format(rows=tmp_path / "no.jsonl", prompt='"x"'))
     (adapter / "summary.json").write_text(f'{{"steps": {steps}}}')
-    said = refusal("fuse", tmp_path, model=good, adapter=adapter)
-    assert "summary.json: is not the summary of a run" in said
+    code, output = invoke(["compare", str(adapter)])
+    assert (code, output.count("\n")) == (1, 1)
+    assert "summary.json: is not the summary of a run" in output
+    result = CliRunner().invoke(main, ["fuse", str(adapter), "-o", str(tmp_path / "fused")])
+    assert result.exit_code == 0, result.output
+    assert "loss |" not in (tmp_path / "fused" / "README.md").read_text().partition("Compared")[0]
 
 
 STRANGERS = """
