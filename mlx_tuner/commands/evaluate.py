@@ -187,7 +187,7 @@ def evaluate(
 def _load(
     folder: Path, trained: Adapter, recipe: Recipe, rows: Dataset, display: Display
 ) -> Trainer:
-    """The base with the adapter, in a trainer that measures losses in as much memory as there is."""
+    """The base with the adapter, in a trainer that measures losses."""
     budget = device.memory_budget()
     with display.task("loading the model"):
         loaded = models.load(folder)
