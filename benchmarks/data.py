@@ -32,6 +32,7 @@ from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.data.encode import Encoder
 from mlx_tuner.data.order import shuffled
 from mlx_tuner.data.stream import prefetch
+from mlx_tuner.engine.batching import Example
 from mlx_tuner.models.model import load_tokenizer
 
 SHARED = shared()
@@ -65,16 +66,12 @@ def tokenise(args: argparse.Namespace) -> None:
         path = Path(folder) / "rows.jsonl"
         path.write_text("\n".join(rows))
 
-        def ours(encoder: Encoder) -> list[tuple[list[int], int]]:
+        def ours(encoder: Encoder) -> list[Example]:
             dataset = open_dataset(path, encoder, surveyed_rows=0)
             steps = (
                 range(i, min(i + BATCH_ROWS, len(rows))) for i in range(0, len(rows), BATCH_ROWS)
             )
-            return [
-                (example.tokens.tolist(), int(example.loss_mask.argmax()))
-                for examples in prefetch(dataset, steps)
-                for example in examples
-            ]
+            return [example for examples in prefetch(dataset, steps) for example in examples]
 
         def mlx_lm(tokenizer: Any) -> list[tuple[list[int], int]]:
             dataset = peer_dataset(path, tokenizer)
@@ -82,8 +79,8 @@ def tokenise(args: argparse.Namespace) -> None:
 
         # A new one each time: it remembers words.
         encoder = partial(Encoder, tokenizer, max_seq_length=2048)
-        same = ours(encoder()) == mlx_lm(theirs)
-        assert same, "the two do not give the same tokens and first targets"
+        same = [(one.tokens.tolist(), int(one.loss_mask.argmax())) for one in ours(encoder())]
+        assert same == mlx_lm(theirs), "the two do not give the same tokens and first targets"
         variants = {
             "ours": timed(encoder, ours, len(rows)),
             "mlx-lm": timed(lambda: theirs, mlx_lm, len(rows)),

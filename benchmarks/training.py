@@ -28,6 +28,8 @@ from mlx_tuner.engine.batching import Example
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, SCALE, LEARNING_RATE = 8, 2.0, 1e-4
+SMALL_PASS = 384
+"""Tokens a pass of the variant that is to take less memory."""
 QWEN3_5 = "qwen3_5"
 SMALL = {
     "model_type": "qwen3_5_text",
@@ -109,7 +111,11 @@ def main() -> None:
         }
         baseline = "answers"
     else:
-        variants = {name: variant(name) for name in ("ours", *args.against)}
+        variants = {"ours": variant("ours")}
+        if args.shape != QWEN3_5:
+            small = f"ours, {SMALL_PASS} tokens a pass"
+            variants[small] = variant("ours", micro_batch_tokens=SMALL_PASS)
+        variants |= {name: variant(name) for name in args.against}
         baseline = args.against[0]
     runs = interleave(variants, repeats=args.repeats, on_result=lambda *turn: print(*turn))
     print(table(runs, baseline=baseline))

@@ -18,7 +18,7 @@ import pytest
 from mlx_tuner.bench.model import config_of
 from mlx_tuner.bench.model import rows as bench_rows
 from mlx_tuner.data.order import shuffled
-from mlx_tuner.engine import batching, flops, forward, lora, sums
+from mlx_tuner.engine import batching, flops, forward, lora, mlp, sums
 from mlx_tuner.engine.backend import CPU, GPU, Backend
 from mlx_tuner.engine.forward import Layout, prefix_states
 from mlx_tuner.engine.trainer import Trainer
@@ -66,7 +66,7 @@ def _transparent_functions(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(mx, "custom_function", transparent)
-    monkeypatch.setattr(forward, "swiglu", lambda gate, up, fused: gate * mx.sigmoid(gate) * up)
+    monkeypatch.setattr(mlp, "swiglu", lambda gate, up, fused: gate * mx.sigmoid(gate) * up)
     monkeypatch.setattr(lora, "product", lambda x, factor: x @ factor)
     monkeypatch.setattr(lora, "add_product", lambda scale: lambda y, z, b: y + scale * (z @ b))
     monkeypatch.setattr(sums, "row_sums", lambda x: x.sum(axis=-1, keepdims=True))

@@ -23,7 +23,7 @@ class Backend:
     recurrence_chunk: int = 32
     """Tokens of a chunk of linear attention, a power of two: products grow with it, and chunks wait
     for one another."""
-    chunk_bytes: int = 64 * 2**20
+    chunk_bytes: int = 32 * 2**20
     """Bytes of fp32 logits that the loss holds at once."""
     fused: bool = False
     """Compile small element-wise functions into one kernel each. (The CPU backend would call a C++

@@ -22,6 +22,7 @@ from mlx_tuner.engine.backend import CPU, Backend
 from mlx_tuner.engine.batching import MicroBatch
 from mlx_tuner.engine.gather import Gather
 from mlx_tuner.engine.linear_attention import Chunks
+from mlx_tuner.engine.mlp import mlp
 from mlx_tuner.engine.noise import Noise
 from mlx_tuner.engine.swiglu import swiglu
 
@@ -162,7 +163,8 @@ def _block(
     _give_dropout_keys(block, layout, sources)
     mixed, *state = mix(sources, block.input_layernorm(x), past)
     x = mixed + (x if sources is None else sources(x))
-    return x + _mlp(block.mlp, block.post_attention_layernorm(x), layout.backend.fused), *state
+    normed = block.post_attention_layernorm(x)
+    return x + mlp(block.mlp, normed, fused=layout.backend.fused), *state
 
 
 def _give_dropout_keys(block: nn.Module, layout: Layout, sources: Gather | None) -> None:
@@ -217,7 +219,7 @@ def _linear_attention(
     past: PrefixState,
 ) -> tuple[mx.array, ...]:
     """Gated DeltaNet of (N, D), as `_block`."""
-    z, out, *state = linear_attention.read(net, chunks, x, past)
+    z, out, *state = linear_attention.read(net, chunks, x, past, fused=fused)
     out = chunks.slots(out)
     if sources is not None:
         z, out = sources(z), sources(out)
@@ -270,13 +272,6 @@ def _split(x: mx.array, layout: Layout) -> list[mx.array]:
         ends.append(end)
         end += rows * longest
     return mx.split(x, ends)
-
-
-def _mlp(mlp: nn.Module, x: mx.array, fused: bool) -> mx.array:
-    if "gate_proj" not in mlp:
-        return mlp(x)  # a mixture of experts
-    gate, up = lora.project([mlp.gate_proj, mlp.up_proj], x)
-    return mlp.down_proj(swiglu(gate, up, fused=fused))
 
 
 def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:

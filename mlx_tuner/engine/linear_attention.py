@@ -6,8 +6,8 @@ h key heads of size K, H value heads of size V.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_tuner.engine import gated_delta, lora
+from mlx_tuner.engine.exponential import sigmoid
 from mlx_tuner.engine.gather import Gather
 
 NORM_EPS = 1e-6
@@ -59,7 +60,12 @@ class Chunks(NamedTuple):
 
 
 def read(
-    net: nn.Module, chunks: Chunks, x: mx.array, past: tuple[mx.array, ...]
+    net: nn.Module,
+    chunks: Chunks,
+    x: mx.array,
+    past: tuple[mx.array, ...],
+    *,
+    fused: bool = False,
 ) -> tuple[mx.array, ...]:
     """What the heads read for tokens (N, D), before the gated norm.
 
@@ -67,6 +73,7 @@ def read(
         net: mlx-lm's module.
         past: where the prefix was computed elsewhere: its state (1, h, H / h, K, V) and the
             last inputs (1, width - 1, channels) of the convolution.
+        fused: as in `exponential.sigmoid`.
 
     Returns:
         The gate (N, H, V), the outputs in chunks' slots (S, H · V), and, where the prefix is at the
@@ -92,12 +99,12 @@ def read(
     outputs = []
     if chunks.prefix:
         prefix = [part[:first] for part in parts]
-        out, state = _through_chunks(net, chunks.prefix_rows, prefix, tail, state)
+        out, state = _through_chunks(net, chunks.prefix_rows, prefix, tail, state, fused)
         tail = mx.concatenate([tail[0], mixed[: chunks.prefix]])[None, -width:]
         outputs.append(out)
     if chunks.rows:
         rows = [part[first:] for part in parts]
-        outputs.append(_through_chunks(net, chunks.rows, rows, tail, state)[0])
+        outputs.append(_through_chunks(net, chunks.rows, rows, tail, state, fused)[0])
     out = mx.concatenate(outputs).flatten(0, 1)
     return z, out, *((state, tail) if chunks.prefix else ())
 
@@ -127,28 +134,22 @@ def _through_chunks(
     parts: Sequence[mx.array],
     tail: mx.array,
     state: mx.array,
+    fused: bool,
 ) -> tuple[mx.array, mx.array]:
     """Convolution and rule in fp32, (n, C, channels) and (n, C, H) twice to (n, C, H · V).
 
-    What they keep for the backward pass is many times their input, so they are computed again;
-    in fp32 but for the convolution's sigmoid, which costs more than it takes (`forward.swiglu`).
+    What they keep for the backward pass is many times their input, so they are computed again.
     """
 
     def through(mixed: mx.array, tail: mx.array, *others: mx.array) -> tuple[mx.array, mx.array]:
-        return _rule(net, rows, _convolved(net, rows, mixed, tail), *others)
+        weight = net.conv1d.weight[..., 0].T
+        mixed, tail, weight = (y.astype(mx.float32) for y in (mixed, tail, weight))
+        mixed = _silu_of(fused)(gated_delta.causal_conv(mixed, weight, tail, rows))[0]
+        return _rule(net, rows, mixed, *others)
 
     mixed, log_decay, beta = parts
-    if mixed.dtype == mx.float32:
-        mixed = _convolved(net, rows, mixed, tail)
-        return mx.checkpoint(partial(_rule, net, rows))(mixed, log_decay, beta, state)
     out, state = mx.checkpoint(through)(mixed, tail, log_decay, beta, state)
     return out.astype(mixed.dtype), state
-
-
-def _convolved(net: nn.Module, rows: Sequence[int], mixed: mx.array, tail: mx.array) -> mx.array:
-    parts = mixed, net.conv1d.weight[..., 0].T, tail
-    mixed, weight, tail = (part.astype(mx.float32) for part in parts)
-    return _silu(gated_delta.causal_conv(mixed, weight, tail, rows))[0]
 
 
 def _rule(
@@ -170,19 +171,23 @@ def _rule(
     return mx.moveaxis(out, 3, 1).reshape(*mixed.shape[:2], -1), state
 
 
-@mx.custom_function
-def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
+@cache
+def _silu_of(fused: bool) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
     """``x · σ(x)``, and σ(x), so that the gradient needs no other exponential."""
-    sigmoid = mx.sigmoid(x)
-    return x * sigmoid, sigmoid
 
+    @mx.custom_function
+    def silu(x: mx.array) -> tuple[mx.array, mx.array]:
+        s = sigmoid(x, fused=fused)
+        return x * s, s
 
-@_silu.vjp
-def _silu_vjp(
-    _: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-) -> mx.array:
-    silu, sigmoid = outputs
-    return cotangents[0] * (sigmoid + silu * (1 - sigmoid))
+    @silu.vjp
+    def gradient(
+        _: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> mx.array:
+        value, s = outputs
+        return cotangents[0] * (s + value * (1 - s))
+
+    return silu
 
 
 def _normed(x: mx.array) -> mx.array:
@@ -191,14 +196,13 @@ def _normed(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, NORM_EPS / size) * size**-0.5
 
 
-def token_numbers(text: Mapping[str, Any], chunk: int, *, wide: bool) -> tuple[float, float]:
+def token_numbers(text: Mapping[str, Any], chunk: int) -> tuple[float, float]:
     """How many numbers a block's linear attention holds for each token.
 
-    Kept for the backward pass are, in the weights' dtype, the convolution's inputs, or in fp32
-    (``wide``) its outputs and sigmoids; the gate, the outputs as they are and normed, in fp32 also
-    the gate's sigmoid. At work in the backward pass are, in fp32, twelve times the convolution's
-    channels and each value head's scores in its chunk, and 2.5 times the states that chunks start
-    from (fitted to peaks measured for 24 shapes: within 5 %).
+    Kept for the backward pass are, in the weights' dtype, the convolution's inputs, the gate, and
+    the outputs as they are and normed. At work in the backward pass are, in fp32, twelve times the
+    convolution's channels and each value head's scores in its chunk, and 2.5 times the states that
+    chunks start from (fitted to peaks measured for 24 shapes: within 5 %).
 
     Args:
         text: the model's config.
@@ -210,6 +214,6 @@ def token_numbers(text: Mapping[str, Any], chunk: int, *, wide: bool) -> tuple[f
     heads, size = text["linear_num_value_heads"], text["linear_value_head_dim"]
     key_size = text["linear_key_head_dim"]
     channels = 2 * text["linear_num_key_heads"] * key_size + heads * size
-    kept = (1 + wide) * channels + (3 + wide) * heads * size
+    kept = channels + 3 * heads * size
     at_work = 12 * (channels + heads * chunk) + 2.5 * heads * key_size * size / chunk
     return kept, at_work

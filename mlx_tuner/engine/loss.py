@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlx_tuner.engine import fusion, sums
 from mlx_tuner.engine.backend import CPU, Backend
+from mlx_tuner.engine.exponential import exp
 
 MIN_CHUNK = 32
 """Targets."""
@@ -117,7 +118,7 @@ def _exponentials(fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
     """``exp(z − max)`` in fp32."""
 
     def exponentials(logits: mx.array, largest: mx.array) -> mx.array:
-        return mx.exp(logits.astype(mx.float32) - largest.astype(mx.float32))
+        return exp(logits.astype(mx.float32) - largest.astype(mx.float32), fused=fused)
 
     return fusion.fused(exponentials) if fused else exponentials
 

@@ -11,10 +11,10 @@ heads, F intermediate size, in the dtype of the weights:
     A · h       attention's probabilities, where it is not
     N · 2F      both branches of the MLP; N · F more where down_proj reads their product
 
-and in fp32 without fused kernels N · F for the sigmoid. Linear attention keeps what
-`linear_attention.token_numbers` says. With checkpointing a micro-batch keeps N · D a block, and one
-block at a time is whole. On top comes what the head holds of a chunk of logits. The factors are
-fitted to measured peaks; a run's rehearsal holds the estimate to its own.
+Linear attention keeps what `linear_attention.token_numbers` says. With checkpointing a micro-batch
+keeps N · D a block, and one block at a time is whole. On top comes what the head holds of a chunk
+of logits. The factors are fitted to measured peaks; a run's rehearsal holds the estimate to its
+own.
 """
 
 from __future__ import annotations
@@ -153,13 +153,12 @@ def step_memory(
         inner = experts * text["moe_intermediate_size"]
         inner += text.get("shared_expert_intermediate_size", 0)
     adapted = set(target_modules)
-    sigmoid = itemsize == 4 and not backend.fused
     every = text.get("full_attention_interval", 1)  # the other blocks are Gated DeltaNet
     softmax = 1 / every
     token = (
         hidden * 2
         + hidden * bool(adapted & {"gate_proj", "up_proj"})
-        + inner * (2 + sigmoid + ("down_proj" in adapted))
+        + inner * (2 + ("down_proj" in adapted))
         + softmax * hidden * bool(adapted & {"q_proj", "k_proj", "v_proj"})
         + softmax * queries * ("o_proj" in adapted)
     )
@@ -167,7 +166,7 @@ def step_memory(
     score = softmax * heads * backend.keeps_scores
     recurrence = 0.0
     if every > 1:
-        held, recurrence = token_numbers(text, backend.recurrence_chunk, wide=itemsize == 4)
+        held, recurrence = token_numbers(text, backend.recurrence_chunk)
         values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
         token += (1 - softmax) * (
             held
@@ -182,14 +181,14 @@ def step_memory(
         token=itemsize * token,
         slot=itemsize * slot,
         score=itemsize * score,
-        # The last block keeps what is at targets alone; the backward pass begins beside what the
-        # head leaves. A block that is computed again has all of its gradients at a time, but for
-        # those that `recurrence` counts.
-        kept=0 if checkpointing else blocks - 0.1,
+        # The backward pass begins beside all that is kept. A block that is computed again has all
+        # of its gradients at a time, but for those that `recurrence` counts.
+        kept=0 if checkpointing else blocks + 0.2,
         work=(1.7 if recurrence else 3.1) if checkpointing else 0,
         recurrence=4 * recurrence,
         carried=itemsize * blocks * hidden if checkpointing else 0,
-        target=4 * 4 * text["vocab_size"],
-        chunk=4 * backend.chunk_bytes,
+        # Logits, exponentials, error; two more are sent to the device before these are freed.
+        target=5 * 4 * text["vocab_size"],
+        chunk=5 * backend.chunk_bytes,
         keys_per_token=backend.keys_per_token,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_tuner.engine.exponential import exp
+
 BLOCK = 1024
 
 
@@ -39,4 +41,4 @@ def column_sums(x: mx.array) -> mx.array:
 def logsumexp(x: mx.array) -> mx.array:
     """``log Σ exp`` of each row of (n, V), as (n,)."""
     largest = x.max(axis=-1, keepdims=True)
-    return (largest + mx.log(row_sums(mx.exp(x - largest))))[:, 0]
+    return (largest + mx.log(row_sums(exp(x - largest))))[:, 0]
