@@ -287,7 +287,7 @@ class Session:
             self.pulse.quiet()
             model = self.trainer.tuned()
             answers = answer_all(
-                model, self.tokenizer, self.prompts, asked.max_tokens, self.pulse.beat
+                model, self.tokenizer, self.prompts, asked.max_tokens, on_token=self.pulse.beat
             )
         for prompt, answer in zip(asked.prompts, answers, strict=True):
             sample = Sample(

@@ -142,6 +142,20 @@ def test_an_answer_that_ends_within_the_limit_has_stopped(limit, ended):
     assert [a.text for a in answers] == [tokenizer.decode(ids[:limit]) for ids in whole]
 
 
+def test_an_answer_ends_before_a_text_that_ends_it():
+    tokenizer = load_tokenizer(BUILTIN)
+    end = tokenizer.decode([2010, 2011])
+    done = []
+    # The second begins in the middle of it, so that only the first comes to say it.
+    answers = answer_all(
+        Counting(), tokenizer, [[7, 2000], [2010]], 200, ends=("\n```", end), on_answer=done.append
+    )
+    whole = [tokenizer.decode([*range(2001, 2012)]), tokenizer.decode([*range(2011, 2037)])]
+    assert [a.text for a in answers] == [whole[0].removesuffix(end), whole[1]]
+    assert [(a.stopped, a.tokens) for a in answers] == [(True, 11), (True, 26)]
+    assert done == [1, 1]
+
+
 @pytest.mark.parametrize("model_type", ["builtin", "qwen3", "qwen3_5"])
 def test_answers_side_by_side_are_mlx_lms_one_by_one(model_type, root, tmp_path):
     folder = BUILTIN if model_type == "builtin" else write_model(tmp_path / "m", model_type)
@@ -251,7 +265,7 @@ def test_shares_are_of_the_answers_that_count(base, adapted, tmp_path, monkeypat
     }
     sides = iter(made.values())
 
-    def answer(model, tokenizer, asked, max_tokens):
+    def answer(model, tokenizer, asked, max_tokens, **_):
         assert (len(asked), max_tokens) == (3, 9)
         return [Answer(*each) for each in next(sides)]
 
@@ -326,8 +340,9 @@ def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkey
     file = write_rows(tmp_path / "tasks.jsonl", [TASK, {**TASK, "task_id": "t/1"}])
     sides = iter((["    return 1", "    return 2"], ["    return 2", "    return 2"]))
 
-    def answer(model, tokenizer, asked, max_tokens):
+    def answer(model, tokenizer, asked, max_tokens, **_):
         assert all("def two():" in tokenizer.decode(prompt) for prompt in asked)
+        assert all(tokenizer.decode(prompt).endswith("```python\n") for prompt in asked)
         return [Answer(text, True, 4) for text in next(sides)]
 
     monkeypatch.setattr(evaluating, "answer_all", answer)
@@ -339,6 +354,19 @@ def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkey
         {"task_id": "t/0", "base": "failed", "tuned": "passed"},
         {"task_id": "t/1", "base": "passed", "tuned": "passed"},
     ]
+
+
+def test_tasks_need_no_held_out_rows(base, run, tmp_path, monkeypatch):
+    (run / "recipe.toml").write_text(RECIPE.format(base=base, folder=tmp_path, valid=""))
+    file = write_rows(tmp_path / "tasks.jsonl", [TASK])
+    said = [Answer("    return 2", True, 4)]
+    monkeypatch.setattr(evaluating, "answer_all", lambda *_, **__: said)
+    for source in ("run", "adapter"):
+        result = command(run, "--tasks", file, "--allow-code-execution")
+        assert result.exit_code == 0, (source, result.output)
+        assert "1 of 1 tasks pass, 1 of 1 before." in " ".join(result.stdout.split())
+        assert "loss" not in result.stdout
+        (run / "recipe.toml").unlink(missing_ok=True)
 
 
 def test_rows_are_asked_for_where_none_were_held_out(base, run, adapted, tmp_path):

@@ -27,7 +27,8 @@ def report(found: Evaluation) -> RenderableType:
     """The table and the verdict, to print with rich."""
     title = Text.assemble((found.run, "bold"), f" against {found.model or 'its base'}")
     rows, tokens = plural(found.rows, "row"), plural(found.target_tokens, "target token")
-    facts = Text(f"{rows}, {tokens}; answers of at most {found.max_tokens:,} tokens", "dim")
+    about = f"{rows}, {tokens}; " if found.rows else ""
+    facts = Text(f"{about}answers of at most {found.max_tokens:,} tokens", "dim")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for name in ("", "base", "tuned"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -43,9 +44,10 @@ def report(found: Evaluation) -> RenderableType:
 
 def _lines(found: Evaluation) -> Iterator[tuple[str, ...]]:
     sides = (found.base, found.tuned)
-    yield ("loss", *(_loss(side.loss, ".4f") for side in sides))
-    yield ("of them, tuned less base", "", _loss(found.difference, "+.4f"))
-    yield ("perplexity", *(_ends(side.perplexity) for side in sides))
+    if found.rows:
+        yield ("loss", *(_loss(side.loss, ".4f") for side in sides))
+        yield ("of them, tuned less base", "", _loss(found.difference, "+.4f"))
+        yield ("perplexity", *(_ends(side.perplexity) for side in sides))
     for title, name in _SHARES.items():
         shares: list[Share] = [getattr(side, name) for side in sides]
         if any(share.of for share in shares):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,6 @@ from mlx_tuner.system import device, files
 from mlx_tuner.words import plural
 
 TASKS = "tasks.jsonl"
-_SIDE_BY_SIDE = 16
-"""Answers that are made at once."""
 
 
 class Side(Figures):
@@ -94,10 +92,11 @@ class Evaluation(Figures):
     def verdict(self) -> str:
         """What it comes to, in plain words."""
         change, stops = self.difference, self.tuned.stops
-        verdict = against_base(
-            self.base.loss.value, self.tuned.loss.value, sure=change.high < 0 or change.low > 0
-        )
-        said = [verdict.text]
+        said = []
+        if self.rows:
+            sure = change.high < 0 or change.low > 0
+            found = against_base(self.base.loss.value, self.tuned.loss.value, sure=sure)
+            said.append(found.text)
         if stops.of:
             words = "stops properly" if stops.count == stops.of else "runs on past its answer"
             said.append(f"It {words}: {stops} answers end by themselves, {self.base.stops} before.")
@@ -132,7 +131,7 @@ def evaluate(
 
     Args:
         model: the base; by default the one that the adapter names.
-        data: a file of rows; by default the run's validation rows.
+        data: a file of rows; by default the run's validation rows, without which tasks suffice.
         samples: how many rows are answered, by the likeliest tokens.
         max_tokens: of an answer.
         programs: tasks, for which programs that the models write are run.
@@ -144,19 +143,21 @@ def evaluate(
     """
     trained = read_adapter(source)
     is_run = (source / RECIPE).exists()
-    recipe = _recipe_of_run(source, data) if is_run else _default_recipe(source, data)
+    recipe = _recipe_of(source, data, is_run, needed=programs is None)
     to_do = tasks.read_tasks(programs.path, programs.limit) if programs else []
     folder = resolve_base(trained, model)
     check_base(trained, folder)
     with display.task("reading the rows"):
         tokenizer = models.load_tokenizer(folder)
-        rows, training_rows = _open(recipe, data, tokenizer, is_run)
-    overlap = None if training_rows is None else shared_rows(training_rows, rows)
+        rows, training_rows = _open(recipe, data, tokenizer, is_run) if recipe else (None, None)
+    overlap = shared_rows(training_rows, rows) if rows and training_rows else None
     if overlap:
         display.note(f"{plural(overlap, 'row')} trained on as well, which flatters the fine-tune")
-    asked = questions(tokenizer, rows.examples(range(min(samples, len(rows)))))
+    count = len(rows) if rows else 0
+    asked = questions(tokenizer, rows.examples(range(min(samples, count)))) if rows else []
     spoken = [[{"role": "user", "content": task.question}] for task in to_do]
-    exercises = [prompt_tokens(tokenizer, each, folder) for each in spoken]
+    begun = tokenizer.encode(tasks.BEGINNING, add_special_tokens=False)
+    exercises = [prompt_tokens(tokenizer, each, folder) + begun for each in spoken]
     exam = _Exam(rows, asked, to_do, exercises, tokenizer, max_tokens, display)
     trainer = _load(folder, trained, recipe, rows, display)
     with device.limits():
@@ -173,7 +174,7 @@ def evaluate(
     return Evaluation(
         run=str(source),
         model=model or trained.base,
-        rows=len(rows),
+        rows=count,
         target_tokens=sum(base.targets),
         rows_trained_on=overlap,
         own_answer_tokens=_mean(own),
@@ -185,15 +186,21 @@ def evaluate(
 
 
 def _load(
-    folder: Path, trained: Adapter, recipe: Recipe, rows: Dataset, display: Display
+    folder: Path,
+    trained: Adapter,
+    recipe: Recipe | None,
+    rows: Dataset | None,
+    display: Display,
 ) -> Trainer:
     """The base with the adapter, in a trainer that measures losses."""
     budget = device.memory_budget()
     with display.task("loading the model"):
         loaded = models.load(folder)
         apply(loaded.model, trained)
-    needs = assembly.step_memory(loaded.model, loaded.config)
-    micro = assembly.micro_batch_tokens(recipe, needs, budget, rows.survey.longest)
+    micro = 1
+    if recipe and rows:
+        needs = assembly.step_memory(loaded.model, loaded.config)
+        micro = assembly.micro_batch_tokens(recipe, needs, budget, rows.survey.longest)
     return Trainer(loaded.model, micro_batch_tokens=micro, backend=assembly.backend())
 
 
@@ -217,7 +224,7 @@ class _Taken(NamedTuple):
 class _Exam:
     """Rows, questions and tasks, the same for base and tuned model."""
 
-    rows: Dataset
+    rows: Dataset | None
     asked: Sequence[Question]
     to_do: Sequence[tasks.Task]
     exercises: Sequence[list[int]]
@@ -228,14 +235,18 @@ class _Exam:
 
     def taken(self, name: str, trainer: Trainer) -> _Taken:
         """Put the trainer's model, as it is now, to all of it."""
-        with self.display.task(f"measuring the {name} model", len(self.rows)) as advance:
-            losses, targets = _losses(trainer, self.rows, advance)
+        losses: list[float] = []
+        targets: list[int] = []
+        if self.rows:
+            with self.display.task(f"measuring the {name} model", len(self.rows)) as advance:
+                losses, targets = _losses(trainer, self.rows, advance)
         prompts = [question.prompt for question in self.asked]
         answers = self._answers(trainer, prompts, f"answering with the {name} model")
         return _Taken(losses, targets, answers, self._outcomes(name, trainer))
 
     def _outcomes(self, name: str, trainer: Trainer) -> list[tasks.Outcome]:
-        written = self._answers(trainer, self.exercises, f"programming with the {name} model")
+        what = f"programming with the {name} model"
+        written = self._answers(trainer, self.exercises, what, tasks.ENDS)
         if not written:
             return []
         pairs = zip(self.to_do, written, strict=True)
@@ -243,14 +254,16 @@ class _Exam:
         with self.display.task(f"running its programs ({name})", len(programs)) as advance:
             return tasks.run_all(programs, advance)
 
-    def _answers(self, trainer: Trainer, prompts: Sequence[list[int]], what: str) -> list[Answer]:
-        made: list[Answer] = []
-        if prompts:
-            with self.display.task(what, len(prompts)) as advance:
-                for some in _parts(prompts):
-                    made += answer_all(trainer.tuned(), self.tokenizer, some, self.max_tokens)
-                    advance(len(some))
-        return made
+    def _answers(
+        self, trainer: Trainer, prompts: Sequence[list[int]], what: str, ends: Sequence[str] = ()
+    ) -> list[Answer]:
+        if not prompts:
+            return []
+        model = trainer.tuned()
+        with self.display.task(what, len(prompts)) as advance:
+            return answer_all(
+                model, self.tokenizer, prompts, self.max_tokens, ends=ends, on_answer=advance
+            )
 
 
 def _losses(
@@ -308,29 +321,21 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf if value >= 700 else math.nan
 
 
-def _parts(prompts: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
-    for first in range(0, len(prompts), _SIDE_BY_SIDE):
-        yield prompts[first : first + _SIDE_BY_SIDE]
-
-
 # ---- the rows ------------------------------------------------------------------------------------
 
 
-def _recipe_of_run(run: Path, data: str | None) -> Recipe:
-    """A run's recipe, by which its rows are read; they may have moved."""
-    recipe = load_recipe(run / RECIPE, check_paths=False)
-    if data is None and recipe.data.valid is None:
-        what = "trained without validation rows; give held-out rows with --data FILE"
-        raise UsageError(Fault(str(run), "", what))
-    return recipe
-
-
-def _default_recipe(source: Path, data: str | None) -> Recipe:
-    """The recipe to read `data` by, for an adapter that no run of ours left."""
-    if data is None:
-        what = "an adapter without its run's rows; give held-out rows with --data FILE"
-        raise UsageError(Fault(str(source), "", what))
-    return recipe_for(data, recipe=None, model=None, valid=None, overrides=())
+def _recipe_of(source: Path, data: str | None, is_run: bool, needed: bool) -> Recipe | None:
+    """What to read the rows by: the run's recipe, or the default; None where there are no rows."""
+    if data is not None and not is_run:
+        return recipe_for(data, recipe=None, model=None, valid=None, overrides=())
+    if is_run:
+        recipe = load_recipe(source / RECIPE, check_paths=False)  # the rows may have moved
+        if data is not None or recipe.data.valid is not None:
+            return recipe
+    if needed:
+        which = "trained without validation rows" if is_run else "an adapter without its run's rows"
+        raise UsageError(Fault(str(source), "", f"{which}; give held-out rows with --data FILE"))
+    return None
 
 
 def _open(

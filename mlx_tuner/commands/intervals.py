@@ -53,7 +53,7 @@ def mean_over_targets(sums: Sequence[float], targets: Sequence[int]) -> Interval
         targets: of each row, how many.
     """
     rows, total = len(sums), sum(targets)
-    value = math.fsum(sums) / total
+    value = math.fsum(sums) / total if total else math.nan
     if rows < 2 or not math.isfinite(value):
         return Interval(value=value, low=math.nan, high=math.nan)
     squares = math.fsum((s - value * n) ** 2 for s, n in zip(sums, targets, strict=True))

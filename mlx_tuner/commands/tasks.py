@@ -1,7 +1,8 @@
 """Programming tasks in HumanEval's format: what a model writes is run against their tests.
 
 Chen et al. 2021, arXiv:2107.03374. One answer a task, the likeliest, so that pass@1 is the share of
-tasks whose program passes.
+tasks whose program passes. An instruct model is asked in EvalPlus's words and ended where EvalPlus
+ends it (Liu et al. 2023, arXiv:2305.01210), so that figures can be set beside published ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ MEMORY_BYTES = 1 << 30
 _PASSED = 93
 """Exit code of a program that has come to the end of its test."""
 _FIELDS = ("task_id", "prompt", "test", "entry_point")
-_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
+BEGINNING = (
+    "Below is a Python script with a self-contained function that solves the problem and passes "
+    "corresponding tests:\n```python\n"
+)
+"""How every answer begins: the model goes on with code."""
+ENDS = ("\n```", "\nif __name__", "\ndef main(", "\nprint(")
+"""Where the program ends, and with it the answer."""
+_AFTER = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 """Where what comes after a completed function begins."""
 
 Outcome = Literal["passed", "failed", "raised", "timed out", "ended early", "no Python"]
@@ -56,21 +64,25 @@ class Task:
     def question(self) -> str:
         """What an instruct model is asked."""
         return (
-            "Complete this Python function. Answer with the whole function, its imports included, "
-            f"in one block of code.\n\n```python\n{self.prompt.strip()}\n```"
+            "Please provide a self-contained Python script that solves the following problem in a "
+            f"markdown code block:\n```\n{self.prompt.strip()}\n```\n"
         )
 
     def program(self, answer: str) -> str:
-        """The answer's code, or the prompt with the answer after it, and then the test."""
-        blocks = [code for _, code in code_blocks(answer) if f"def {self.entry_point}" in code]
-        if blocks:
+        """The answer's code, or the prompt with the answer after it, and then the test.
+
+        Args:
+            answer: with `BEGINNING` left off, or with a beginning and fences of its own.
+        """
+        defines = f"def {self.entry_point}"
+        blocks = [code for _, code in code_blocks(answer) if defines in code] or [answer]
+        code = blocks[0]
+        if defines in code:
             # What the prompt defines before the function may be left out of the answer.
-            code = f"{self.prompt}\n    pass\n\n{blocks[0]}"
-        elif f"def {self.entry_point}" in answer:
-            code = answer
+            code = f"{self.prompt}\n    pass\n\n{code}"
         else:
-            ends = [at for end in _ENDS if (at := answer.find(end)) >= 0]
-            code = self.prompt + answer[: min(ends, default=None)]
+            ends = [at for end in _AFTER if (at := code.find(end)) >= 0]
+            code = self.prompt + code[: min(ends, default=None)]
         return f"{code}\n\n{self.test}\n\ncheck({self.entry_point})\n"
 
 

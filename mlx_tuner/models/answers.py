@@ -14,6 +14,11 @@ from mlx_tuner.errors import Fault, ModelError, first_line
 
 Message = dict[str, Any]
 
+SIDE_BY_SIDE = 32
+"""Answers that are made at once: each has keys and values of its own in memory."""
+_TAIL = 12
+"""Tokens at an answer's end, in which an end that has just been said begins."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -56,23 +61,46 @@ def answer_all(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     max_tokens: int,
+    *,
+    ends: Sequence[str] = (),
     on_token: Callable[[], None] = lambda: None,
+    on_answer: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """The likeliest answer to each prompt (token ids); mlx-lm answers them side by side.
 
     Args:
+        ends: texts before which an answer ends, as it does before an end-of-sequence token.
         on_token: is called after each token of all the answers, so that waiting is seen to go on.
+        on_answer: is called with 1 where an answer is complete.
     """
     if not prompts:
         return []
-    generator = BatchGenerator(model.eval(), stop_tokens=[[id] for id in tokenizer.eos_token_ids])
-    made: dict[int, list[int]] = {
-        uid: [] for uid in generator.insert(list(prompts), [max_tokens] * len(prompts))
-    }
+    generator = BatchGenerator(
+        model.eval(),
+        stop_tokens=[[id] for id in tokenizer.eos_token_ids],
+        completion_batch_size=SIDE_BY_SIDE,
+    )
+    # Prompts of like length are read together, so that few of their places are padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    uids = generator.insert([prompts[i] for i in order], [max_tokens] * len(prompts))
+    made: dict[int, list[int]] = {uid: [] for _, uid in sorted(zip(order, uids, strict=True))}
+    cut: dict[int, str] = {}
+    """What was said before one of `ends`."""
     while responses := generator.next_generated():
         on_token()
         for response in responses:
+            uid, ids = response.uid, made[response.uid]
             if response.finish_reason != "stop":  # the token that ends an answer is not of it
-                made[response.uid].append(response.token)
+                ids.append(response.token)
+            if any(end in tokenizer.decode(ids[-_TAIL:]) for end in ends):
+                text = tokenizer.decode(ids)
+                if found := [text.index(end) for end in ends if end in text]:
+                    cut[uid] = text[: min(found)]
+                    generator.remove([uid])
+            if uid in cut or response.finish_reason:
+                on_answer(1)
     generator.close()
-    return [Answer(tokenizer.decode(ids), len(ids) < max_tokens, len(ids)) for ids in made.values()]
+    return [
+        Answer(cut.get(uid, tokenizer.decode(ids)), uid in cut or len(ids) < max_tokens, len(ids))
+        for uid, ids in made.items()
+    ]
