@@ -44,7 +44,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, median
 
-from harness import RESULTS, ROOT, Measures, options, preload_openblas, result, table_of
+from harness import ROOT, Measures, options, preload_openblas, save, table
 from safetensors.numpy import load_file
 
 from mlx_tuner import cli, training
@@ -662,7 +662,7 @@ def main() -> None:
     training.models.load_tokenizer(resolve(BUILTIN))  # imports what every fork would import again
     for number in CODES:  # a job in the background has them ignored, and so would its children
         signal.signal(number, signal.default_int_handler)
-    path = RESULTS / f"{args.name or 'chaos'}.json"
+    file = args.name or "chaos"
 
     def wanted(name: str) -> bool:
         return not args.part or any(part in name for part in args.part)
@@ -709,7 +709,7 @@ def main() -> None:
         def take(name: str, look: Callable[[], Measures]) -> None:
             runs.setdefault(name, []).append(look())
             print(name, runs[name][-1], flush=True)
-            record(path, runs, steps=args.steps, anew=not args.part)
+            record(file, runs, steps=steps, added=bool(args.part))
 
         with disk.instant():
             for name in filter(wanted, once):
@@ -721,20 +721,17 @@ def main() -> None:
         while missing := [*filter(are_missing, turns)]:
             for name in missing:
                 take(name, turns[name])
-    print(table_of(json.loads(path.read_text())))
+    print(table(runs))
 
 
-def record(path: Path, runs: Mapping[str, list[Measures]], *, steps: int, anew: bool) -> None:
+def record(name: str, runs: Mapping[str, list[Measures]], *, steps: int, added: bool) -> None:
     """Write what there is so far, with all stops of a kind; parts that were not run stay."""
     counted = {
         name: [{**turn, "stops": sum(each["stops"] for each in turns)} for turn in turns]
         for name, turns in runs.items()
     }
     settings = {"steps": steps, "save_every": SAVE_EVERY}
-    found = result("chaos", counted, settings=settings)
-    if path.exists() and not anew:
-        found["measures"] = json.loads(path.read_text())["measures"] | found["measures"]
-    files.write_json(path, found)
+    save(name, counted, settings=settings, added=added)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 Each kind of file is spoiled in so many ways, one after the other, and given to the function that
 the commands give it to. Wrong is an exception other than `TunerError`, more than 5 s, more than
-1 GB of memory, and any change on the disk by one that is refused. A mutant depends on its number
-alone, so `--first N --count 1` shows it again.
+1 GB of memory, anything that a library prints by itself, and any change on the disk by one that is
+refused. A mutant depends on its number alone, so `--first N --count 1` shows it again.
 
     python benchmarks/fuzz.py [--kind KIND] [--count 20000] [--first 0]
+
+What came of each kind is kept in `benchmarks/results/fuzz.json`, beside that of the other kinds.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import count as counting
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import harness
 import mlx.core as mx
 
 from mlx_tuner.assembly import open_data
@@ -43,6 +46,7 @@ from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.recipe import shipped
 from mlx_tuner.recipe.load import load_recipe, parse_recipe
 
+COUNT = 20_000
 SECONDS = 5
 MEGABYTES = 1_000
 BUILTIN = Path(__file__).resolve().parent.parent / "mlx_tuner" / "builtin" / "tiny-qwen"
@@ -307,6 +311,21 @@ def snapshot(folder: Path, without: list[Path]) -> dict[str, tuple[int, int]]:
     return found
 
 
+@contextmanager
+def silenced(output: IO[bytes]) -> Iterator[None]:
+    """Send what is printed to `output`, where it does not go through Python's own streams."""
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        for number in (1, 2):
+            os.dup2(output.fileno(), number)
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
 def peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -317,7 +336,8 @@ def fuzz(kind: str, count: int, first: int = 0) -> dict[str, Any]:
     wrong: list[str] = []
     results: Counter[str] = Counter()
     slowest, start = 0.0, time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
+    alarm = os.dup(2)
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as output:
         subject = Kind(kind, Path(place).resolve())
         texts = {path: path.read_text() for path in subject.files}
         subject.read()  # it is good before it is spoiled
@@ -327,10 +347,10 @@ def fuzz(kind: str, count: int, first: int = 0) -> dict[str, Any]:
             path = rng.choice(subject.files)
             path.write_bytes(subject.spoil(rng, texts[path]))
             # Code that Python cannot interrupt ends the process, with a traceback that says where.
-            faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+            faulthandler.dump_traceback_later(6 * SECONDS, exit=True, file=alarm)
             began = time.monotonic()
             try:
-                with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+                with silenced(output):
                     subject.read()
                 results["taken"] += 1
             except TunerError as error:
@@ -348,6 +368,11 @@ def fuzz(kind: str, count: int, first: int = 0) -> dict[str, Any]:
             if peak_bytes() > most + MEGABYTES * 1_000_000:
                 wrong.append(f"{number}: took {(peak_bytes() - most) / 1e9:.2f} GB")
                 most = peak_bytes()
+            if output.tell():
+                output.seek(0)
+                wrong.append(f"{number}: printed {output.read()[:200]!r}")
+                output.seek(0)
+                output.truncate()
             now = there if number % 50 else snapshot(Path(place), subject.files)
             if now != there:
                 changed = sorted(dict(now.items() ^ there.items()))
@@ -368,7 +393,7 @@ def main() -> None:
     """Fuzz the kinds that were asked for, print a line each, and exit 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=KINDS, action="append")
-    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--first", type=int, default=0)
     chosen = parser.parse_args()
     failed = False
@@ -376,10 +401,13 @@ def main() -> None:
     for kind in chosen.kind or KINDS:
         found = fuzz(kind, chosen.count, chosen.first)
         wrong = found.pop("wrong")
-        print(json.dumps(found | {"wrong": len(wrong)}), flush=True)
+        found = {**found, "wrong": len(wrong)}
+        print(json.dumps(found), flush=True)
         for each in wrong[:10]:
             print(each, flush=True)
         failed |= bool(wrong)
+        if (chosen.count, chosen.first) == (COUNT, 0):
+            harness.save("fuzz", {found.pop("kind"): [found]}, added=True)
     sys.exit(failed)
 
 

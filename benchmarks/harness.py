@@ -133,15 +133,22 @@ def save(
     *,
     baseline: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    added: bool = False,
 ) -> Path:
     """Write `benchmarks/results/NAME.json`; arguments as in `result`.
 
     `python benchmarks/readme.py` then writes README.md anew.
+
+    Args:
+        added: variants that were measured before stay beside these.
     """
     from mlx_tuner.system import files
 
     path = RESULTS / f"{name}.json"
-    files.write_json(path, result(name, runs, baseline=baseline, settings=settings))
+    found = result(name, runs, baseline=baseline, settings=settings)
+    if added and path.exists():
+        found["measures"] = json.loads(path.read_text())["measures"] | found["measures"]
+    files.write_json(path, found)
     return path
 
 

@@ -223,6 +223,23 @@ SPOILED = {
         lambda f: edit(f / "config.json", model_type="\x1b]0;forged\x07\n\u202eqwen2"),
         r"model_type: '\x1b]0;forged\x07\n\u202eqwen2' is not one of",
     ),
+    "more of a token than it has": (
+        lambda f: edit(
+            f / "tokenizer_config.json",
+            added_tokens_decoder={"3": {"content": "a", "\x1b]0;forged\x07": True}},
+        ),
+        r"tokenizer_config.json: \x1b]0;forged\x07: is not taken here of a token; remove it",
+    ),
+    "the same of one that is named": (
+        lambda f: edit(
+            f / "tokenizer_config.json", eos_token={"__type": "AddedToken", "content": "a", "x": 1}
+        ),
+        "tokenizer_config.json: x: is not taken here of a token; remove it",
+    ),
+    "the same in another file": (
+        lambda f: (f / "special_tokens_map.json").write_text('{"pad_token": {"x": 1}}'),
+        "special_tokens_map.json: x: is not taken here of a token; remove it",
+    ),
     "a special token past the embedding": (
         lambda f: edit(f / "tokenizer_config.json", additional_special_tokens=["<|beyond|>"]),
         "tokenizer: token id 2048, but the embedding has 2048 rows",

@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATES = "additional_chat_templates"
 COMPANIONS = (
     GENERATION,
@@ -28,7 +29,7 @@ COMPANIONS = (
     TOKENIZER_CONFIG,
     "vocab.json",
     "merges.txt",
-    "special_tokens_map.json",
+    SPECIAL_TOKENS,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -54,6 +55,11 @@ _NAMING_CODE: dict[str, frozenset[str | None]] = {
     "fast_tokenizer_files": frozenset({None}),
 }
 """Keys by which transformers and mlx-lm import modules or open files, and what they may say."""
+
+_TOKEN_KEYS = {
+    *("__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special"),
+}
+"""Of a token. The tokenizers library prints the names of all others, as they are."""
 
 _MOST_BYTES = dict.fromkeys((".json", ".txt", ".model", ".tiktoken"), foreign.MAX_JSON_BYTES) | {
     ".jinja": 1_000_000,
@@ -103,6 +109,21 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_tokens(folder: Path) -> None:
+    """Refuse tokens of a checked folder that say more than a token can.
+
+    Raises:
+        ModelError: that, or a file of the tokenizer is broken or nested too deeply.
+    """
+    faults = [
+        Fault(str(path), key[:40], "is not taken here of a token; remove it")
+        for path, token in _tokens(folder)
+        for key in sorted(token.keys() - _TOKEN_KEYS)
+    ]
+    if faults:
+        raise ModelError(*faults)
+
+
 def read_optional(path: Path) -> dict[str, Any]:
     """The JSON object of a file, or an empty one where there is none."""
     return read_json(path) if path.exists() else {}
@@ -119,6 +140,32 @@ def _file_faults(folder: Path) -> Iterator[Fault]:
     for path in folder.glob(f"{TEMPLATES}/*"):
         if fault := foreign.fault_of(path, folder, _MOST_BYTES[".jinja"]):
             yield fault
+
+
+def _tokens(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The tables that transformers makes tokens of, each with its file."""
+    settings = read_optional(folder / TOKENIZER_CONFIG)
+    special = read_optional(folder / SPECIAL_TOKENS)
+    places = (
+        (TOKENIZER, read_optional(folder / TOKENIZER).get("added_tokens")),
+        (TOKENIZER_CONFIG, settings.get("added_tokens_decoder")),
+        (SPECIAL_TOKENS, special),
+        (SPECIAL_TOKENS, special.get("extra_special_tokens")),
+    )
+    for name, place in places:
+        tokens = dict(enumerate(place)) if isinstance(place, list) else place
+        for key, token in tokens.items() if isinstance(tokens, dict) else ():
+            if isinstance(token, dict) and key != "extra_special_tokens":
+                yield folder / name, token
+    values: list[Any] = [settings]
+    while values:  # anywhere else, what says that it is one
+        value = values.pop()
+        if isinstance(value, dict):
+            if "__type" in value:
+                yield folder / TOKENIZER_CONFIG, value
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def _config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from mlx_tuner.errors import Fault, ModelError, first_line
 from mlx_tuner.models import chat_template
-from mlx_tuner.models.folder import TOKENIZER, check_folder, read_optional
+from mlx_tuner.models.folder import check_folder, check_tokens
 from mlx_tuner.models.model_files import check_model_folder
 
 BUILTIN = "builtin:"
@@ -78,7 +78,7 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
             the model's embedding lacks, or a chat template takes too much time or memory.
     """
     config = check_folder(folder)
-    read_optional(folder / TOKENIZER)  # which transformers would read however deep it is
+    check_tokens(folder)
     eos = mlx_lm_utils.load_config(folder).get("eos_token_id")
     settings = {"trust_remote_code": False}
     transformers_logging.set_verbosity_error()  # it prints a stranger's keys and values
