@@ -208,12 +208,15 @@ def in_order(dataset: Dataset) -> Iterator[list[Example]]:
 
 def step_memory(model: nn.Module, config: Any, *, checkpointing: bool = False) -> StepMemory:
     """What a training step of a model with its adapter takes on this machine."""
+    adapted = lora.adapted_modules(model)
+    outputs = sum(layer.kept_outputs for layer in adapted.values())
     return memory.step_memory(
         config,
         dtype_of(model).size,
         weights=weight_bytes(model),
         trainable_parameters=trainable_parameters(model),
-        target_modules={path.rpartition(".")[2] for path in lora.adapted_modules(model)},
+        target_modules={path.rpartition(".")[2] for path in adapted},
+        kept_outputs=outputs / len(model.layers),
         checkpointing=checkpointing,
         backend=backend(),
     )

@@ -13,6 +13,7 @@ from mlx_tuner.bench.model import tiny_config
 from mlx_tuner.engine import batching, lora, memory
 from mlx_tuner.engine.backend import CPU, GPU
 from mlx_tuner.engine.batching import Sizes
+from mlx_tuner.engine.dora import DoRALinear
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.models.architecture import skeleton
 
@@ -44,6 +45,7 @@ CONFIGURATIONS = {
     "linear attention again": {"family": "qwen3_5", "targets": ALL, "checkpointing": True},
     "several micro-batches": {"micro_batch_tokens": 300, "lengths": [100] * 12, "prefix": 24},
     "a high rank": {"targets": [*QKVO, *MLP], "rank": 64},
+    "DoRA": {"targets": [*QKVO, *MLP], "layer": DoRALinear},
 }
 
 
@@ -68,6 +70,7 @@ def measured(
     rank=8,
     prefix=0,
     checkpointing=False,
+    layer=lora.LoRALinear,
 ):
     """The peak of four steps, and its estimate, both in bytes and without other arrays."""
     config = tiny_config(family, **{**SIZES, **(shape or {})})
@@ -75,7 +78,7 @@ def measured(
     before = mx.get_active_memory()
     model = skeleton(config)
     mx.eval(model.parameters())
-    lora.attach(model, rank=rank, scale=2.0, target_modules=targets)
+    lora.attach(model, rank=rank, scale=2.0, target_modules=targets, layer=layer)
     mx.eval(model.parameters())
     trainer = Trainer(model, micro_batch_tokens=micro_batch_tokens, checkpointing=checkpointing)
     rows = random_rows(lengths, prefix=prefix)
@@ -88,6 +91,8 @@ def measured(
         weights=sum(value.nbytes for _, value in tree_flatten(model.parameters())),
         trainable_parameters=trainer.state.parameters.size,
         target_modules=targets,
+        kept_outputs=sum(one.kept_outputs for one in lora.adapted_modules(model).values())
+        / len(model.layers),
         checkpointing=checkpointing,
     )
     step = trainer.make_micro_batches(rows)

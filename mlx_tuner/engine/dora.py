@@ -30,6 +30,11 @@ class DoRALinear(LoRALinear):
         self._squares = _row_squares(dense_weight(linear).astype(mx.float32))
         self.m = mx.sqrt(self._squares)
 
+    @property
+    def kept_outputs(self) -> int:
+        """Numbers of a token's output that are kept for the backward pass, for m's gradient."""
+        return int(self.m.size)
+
     def add(self, y: mx.array, z: mx.array) -> mx.array:
         """The layer's output from that of its base, (…, O), and ``A x``, (…, r)."""
         scaled = scale_columns(super().add(self._unbiased(y), z), self.m / self._lengths())

@@ -58,6 +58,11 @@ class LoRALinear(nn.Module):
         """(…, I) to (…, O)."""
         return self.add(self.linear(x), product(self.drop(x), self.lora_a))
 
+    @property
+    def kept_outputs(self) -> int:
+        """Numbers of a token's output that are kept for the backward pass."""
+        return 0
+
     def add(self, y: mx.array, z: mx.array) -> mx.array:
         """``y + scale · B z``, of (…, O) and (…, r)."""
         return add_product(self.scale)(y, z, self.lora_b)

@@ -133,6 +133,7 @@ def step_memory(
     weights: int,
     trainable_parameters: int,
     target_modules: Collection[str],
+    kept_outputs: float = 0,
     checkpointing: bool = False,
     backend: Backend = CPU,
 ) -> StepMemory:
@@ -143,6 +144,7 @@ def step_memory(
         itemsize: bytes of a number of the weights' dtype.
         weights: bytes of all weights, the adapter's included.
         target_modules: last segments of the names of adapted modules.
+        kept_outputs: numbers that a block's adapters keep of a token's outputs, as DoRA's do.
     """
     text = config.get("text_config", config)
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
@@ -161,6 +163,7 @@ def step_memory(
         + inner * (2 + ("down_proj" in adapted))
         + softmax * hidden * bool(adapted & {"q_proj", "k_proj", "v_proj"})
         + softmax * queries * ("o_proj" in adapted)
+        + kept_outputs
     )
     slot = softmax * (queries + 2 * keys + queries * (not backend.keeps_scores))
     score = softmax * heads * backend.keeps_scores
