@@ -1,8 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers, and names, as people read them."""
 
 from __future__ import annotations
 
 import math
+import os
 
 
 def duration(seconds: float) -> str:
@@ -55,6 +56,11 @@ def printable(text: str, keep: str = "") -> str:
 def shortened(text: str, length: int = 1_000) -> str:
     """At most so many characters, of a text that may have any number."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def from_here(path: str) -> str:
+    """A path as one would type it: from the current folder, if it is in it."""
+    return path.removeprefix(os.path.join(os.getcwd(), ""))  # noqa: PTH109, PTH118 - a name
 
 
 def plural(count: int, noun: str) -> str:

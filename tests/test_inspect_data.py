@@ -253,6 +253,15 @@ def test_shown_rows_are_the_models_text_with_targets_in_brackets(file: Path) -> 
     assert "line 2: " not in result.stdout
 
 
+def test_a_file_below_the_current_folder_is_shown_as_it_was_typed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    shown = [line.split() for line in command(file.name).stdout.splitlines()]
+    assert ["file", file.name] in shown
+    assert json.loads(command(file.name, "--json").stdout)["file"] == str(file)
+
+
 def test_on_a_terminal_targets_are_coloured_instead(file: Path) -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, color_system="standard", width=80)

@@ -13,7 +13,7 @@ from rich.text import Text
 from mlx_tuner.commands.inspect_data import FileFacts, Inspection, Shown
 from mlx_tuner.data.survey import histogram
 from mlx_tuner.recipe.load import DEFAULT_MODEL
-from mlx_tuner.words import plural
+from mlx_tuner.words import from_here, plural
 
 _BAR_WIDTH = 40
 _PREFIX_SHOWN = 160
@@ -48,10 +48,10 @@ def _facts(found: Inspection) -> RenderableType:
 
 def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
     train, valid = found.train, found.valid
-    yield "file", train.file
+    yield "file", from_here(train.file)
     yield "rows", _rows(train)
     own = "" if found.model != DEFAULT_MODEL else " (name your model with --model for its counts)"
-    yield "tokenizer", f"{found.model}{own}"
+    yield "tokenizer", f"{from_here(found.model)}{own}"
     if len(train.lengths):
         yield "tokens", _tokens(train)
         yield (
@@ -64,7 +64,7 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
         text = shorten(_printable(train.prefix_text), _PREFIX_SHOWN, placeholder=" …")
         yield "all begin", f"with the same {prefix:,} tokens, {share:.0f} % of all: {text}"
     if valid:
-        yield "validation", f"{valid.file}: {_rows(valid)}, {_tokens(valid)}"
+        yield "validation", f"{from_here(valid.file)}: {_rows(valid)}, {_tokens(valid)}"
     elif train.held_out_rows:
         yield "validation", f"{plural(train.held_out_rows, 'row')} held out by their content"
     yield (
