@@ -36,6 +36,9 @@ benchmark.
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
 | `python benchmarks/chaos.py` | what being killed costs a run, against mlx-lm, and a conversion |
+| `python benchmarks/ranks.py` | what several ranks cost, and whether their sum is exact |
+| `… --kills 10` | the same run by several ranks, killed again and again |
+| `mlx.launch … mlx-tune bench --ranks` | how fast machines add up their gradients |
 
 Variants run in turns (A B A B …), so that whatever else the machine does hits all of them. A
 figure is the median with the lowest and highest in parentheses; a ratio is taken turn by turn.

@@ -59,6 +59,10 @@ class RunError(TunerError):
     """A run, or the machine under it, that cannot go on."""
 
 
+class EverywhereError(RunError):
+    """What all ranks of a run find at once, so that the first alone tells of it."""
+
+
 class RunStopped(TunerError):
     """A signal ended a run after it was saved; the exit code is the shell's for that signal."""
 

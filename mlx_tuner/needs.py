@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_tuner import assembly
+from mlx_tuner import agreement, assembly
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine import memory
 from mlx_tuner.engine.batching import MIN_SHARED_PREFIX, Sizes, sizes_of
@@ -155,17 +156,23 @@ def rehearse(
 ) -> None:
     """Run the largest step once, so that memory fails here, and hold the estimate to its peak.
 
-    Where "auto" then promises more than there is, micro-batches are halved.
+    Where "auto" then promises more than there is, micro-batches are halved. Ranks then compute some
+    of its rows once more, all the same, to see how fast each of them is.
     """
     longest = rows.survey.longest
     positions, sizes = largest_step(recipe, rows, step, trainer.micro_batch_tokens, longest)
-    step = step.measured(sizes, trainer.rehearse(rows.examples(positions)))
+    examples = rows.examples(positions)
+    step = step.measured(sizes, trainer.rehearse(examples))
     while (
         recipe.train.micro_batch_tokens == "auto"
         and trainer.micro_batch_tokens > memory.SMALLEST
         and step.peak(step.most(trainer.micro_batch_tokens, longest)) > budget
     ):
         trainer.micro_batch_tokens = max(memory.SMALLEST, trainer.micro_batch_tokens // 2)
+    if trainer.ranks.size > 1:
+        start = time.perf_counter()
+        trainer.rehearse(examples[:: trainer.ranks.size])
+        trainer.ranks.speeds = agreement.speeds(trainer.ranks, time.perf_counter() - start)
 
 
 def disk_bytes(trainable_parameters: int) -> int:
@@ -188,7 +195,8 @@ def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[f
     for path in runs:
         summary = read_summary(path.parent)
         if summary and summary.model == recipe.model.path and summary.machine.get("chip") == chip:
-            return tokens / summary.tokens_per_second, f"by the run in {path.parent}"
+            ranks = int(summary.machine.get("ranks", 1))
+            return tokens * ranks / summary.tokens_per_second, f"by the run in {path.parent}"
     flops = _FLOPS_A_PARAMETER * total_parameters * tokens
     folders = (Path("benchmarks/results"), cache.user_folder() / "bench")
     for path in sorted((path for f in folders for path in f.glob("bench*.json")), key=_age):

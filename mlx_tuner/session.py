@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner import assembly, snapshot
+from mlx_tuner import agreement, assembly, snapshot
 from mlx_tuner.data.dataset import shared_rows
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.trainer import StepResult, Trainer, train
-from mlx_tuner.errors import Fault, RunError, RunStopped
+from mlx_tuner.errors import EverywhereError, Fault, RunStopped
 from mlx_tuner.models.answers import answer_all
 from mlx_tuner.models.architecture import parameter_count
 from mlx_tuner.recipe import schedule
@@ -97,7 +97,8 @@ class Session:
         """Go on until the end, or a signal.
 
         Raises:
-            RunError: steps in a row were not finite; or the disk failed.
+            EverywhereError: steps in a row were not finite, or a rank has another adapter.
+            RunError: the disk failed.
             RunStopped: a signal came; the run is saved.
         """
         self._announce()
@@ -107,7 +108,7 @@ class Session:
         if self.progress.step == 0:
             self._look()
         with interrupt.deferred() as signal:
-            for result in self._steps():
+            for result in self._steps(lambda: signal.received is not None):
                 step = self.progress.step
                 self._check_finite(result)
                 if step % every.log_every == 0 or step == steps:
@@ -116,7 +117,7 @@ class Session:
                     self._look()
                 if self._is_stale():
                     status = STOPPED_EARLY
-                elif signal.received and step < steps:
+                elif self._is_to_stop(result, signal) and step < steps:
                     status = STOPPED
                 if step % every.save_every == 0 or step == steps or status != FINISHED:
                     self._save()
@@ -126,9 +127,14 @@ class Session:
             rows = plural(late, "row")
             self.display.note(f"{rows} left out of their steps: see {QUARANTINE}")
         summary = self._finish(status)
-        if signal.received and status == STOPPED:
-            raise RunStopped(signal.received, self.progress.step, self.run.path)
+        if status == STOPPED:
+            number = agreement.largest(self.trainer.ranks, signal.received or 0)
+            raise RunStopped(number, self.progress.step, self.run.path)
         return summary
+
+    def _is_to_stop(self, result: StepResult, signal: interrupt.Interrupt) -> bool:
+        """Whether a signal ends the run here; several ranks all stop after the same step."""
+        return result.stop if self.trainer.ranks.size > 1 else signal.received is not None
 
     def is_finished(self) -> bool:
         """Whether no step is left: all are made, or the run has stopped early."""
@@ -139,9 +145,9 @@ class Session:
         early = " early, by its evaluations" if self._is_stale() else ""
         what = f"{self.run.path}: has finished{early}, after step {self.progress.step}"
         self.display.note(f"{what}; nothing is left to train")
-        summary = read_summary(self.run.path)
+        summary = read_summary(self.run.path) if self.trainer.ranks.leads else None
         if summary is not None and summary.steps == self.progress.step:
-            return summary
+            return self._told(summary)
         return self._finish(STOPPED_EARLY if early else FINISHED)
 
     def _announce(self) -> None:
@@ -171,13 +177,13 @@ class Session:
 
     def _quarantine(self) -> None:
         """Name the rows that are left out, beside those that an earlier process named."""
-        if rows := self.data.train.left_out.first:
+        if (rows := self.data.train.left_out.first) and self.trainer.ranks.leads:
             path = self.run.path / QUARANTINE
             before = path.read_text("utf-8").splitlines() if path.exists() else []
             lines = dict.fromkeys([*before, *(row.to_json() for row in rows)])
             files.write_text(path, "".join(f"{line}\n" for line in lines))
 
-    def _steps(self) -> Iterator[StepResult]:
+    def _steps(self, stopping: Callable[[], bool]) -> Iterator[StepResult]:
         """Train step after step and count each one in."""
         rows, first = len(self.data.train), self.progress.step
         order = assembly.row_order(self.recipe, rows, first, len(self.learning_rates))
@@ -197,6 +203,7 @@ class Session:
             first_step=first,
             # What is done between two steps is no part of the next one's time, nor hides it.
             pause_after=lambda step: step % save_every == 0 or step % eval_every == 0,
+            stopping=stopping,
         )
         for result in steps:
             self.progress.step += 1
@@ -214,7 +221,7 @@ class Session:
             self.display,
             recipe=self.recipe.to_toml(),
             config=self.recipe.plain_tables(),
-            trackers=self.recipe.report.to,
+            trackers=self.recipe.report.to if self.trainer.ranks.leads else (),
         )
 
     @property
@@ -235,7 +242,7 @@ class Session:
             total_parameters=parameter_count(self.trainer.model),
             valid_rows=len(valid) if valid is not None else 0,
             data_notes=self.data.train.notes,
-            machine=story.machine(device.facts()),
+            machine=story.machine(device.facts(), self.trainer.ranks.size),
         )
 
     @property
@@ -257,7 +264,7 @@ class Session:
         """Evaluate, and refresh what a person looks at while the run goes on."""
         self._evaluate()
         self._answer()
-        if self.progress.step:
+        if self.progress.step and self.trainer.ranks.leads:
             self._reporter.refresh(self.progress.meter, **self._speeds)
 
     def _evaluate(self) -> None:
@@ -315,10 +322,11 @@ class Session:
         self.display.note(f"{what}; it changed nothing")
         if self.progress.nonfinite_in_a_row == NONFINITE_LIMIT:
             cause = f"{what}; {NONFINITE_LIMIT} steps in a row: lower train.learning_rate"
-            raise RunError(Fault(self.recipe.data.train, "", cause))
+            raise EverywhereError(Fault(self.recipe.data.train, "", cause))
 
     def _save(self) -> None:
         """Keep a checkpoint; without validation rows its adapter is the run's too."""
+        agreement.require_one_state(self.trainer.ranks, self.trainer.state, self.progress.step)
         if self.data.train.left_out.late:
             self._quarantine()
         state = {
@@ -352,4 +360,11 @@ class Session:
         meter = self.progress.meter
         if meter.losses:  # steps since the last log line
             self._log()
-        return self._reporter.end(status, meter, **self._speeds)
+        if not self.trainer.ranks.leads:
+            return self._told(None)
+        return self._told(self._reporter.end(status, meter, **self._speeds))
+
+    def _told(self, summary: Summary | None) -> Summary:
+        """Rank 0's summary, for which the others wait."""
+        told = agreement.from_first(self.trainer.ranks, summary.to_json() if summary else {})
+        return summary or Summary.from_json(told)

@@ -6,11 +6,14 @@ import hashlib
 import io
 from pathlib import Path
 
-from mlx_tuner import assembly, needs, snapshot
+from mlx_tuner import agreement, assembly, needs, snapshot
+from mlx_tuner.engine.optimizer import State
+from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model as models
 from mlx_tuner.models.base import fingerprint
 from mlx_tuner.recipe.tables import Recipe
+from mlx_tuner.runs.elsewhere import Elsewhere
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.runs.pulse import Pulse
@@ -32,6 +35,7 @@ def finetune(
     allow_change: bool = False,
     force: bool = False,
     pulse: Pulse = SILENT,
+    ranks: Ranks | None = None,
 ) -> Summary:
     """Train the recipe's adapter and leave adapter, metrics, plots and summary in ``run_path``.
 
@@ -42,13 +46,19 @@ def finetune(
         allow_change: what `identity.ON_REQUEST` names may differ from the run that is resumed.
         force: train also where memory seems not to suffice.
         pulse: tells a supervisor how far the run is.
+        ranks: the processes that train together; rank 0 alone writes, and all return the same.
 
     Raises:
         TunerError: what is wrong with recipe, data, model or machine; nothing is written then.
+        EverywhereError: the ranks have not the same recipe, rows, model or versions.
         RunStopped: a signal came; the run is saved and can be resumed.
     """
     display = display or Display(io.StringIO())
-    run = Run(Path(run_path), resume=resume, overwrite=overwrite, held=pulse.lock)
+    ranks, path = ranks or Ranks(), Path(run_path)
+    if ranks.leads:
+        run = Run(path, resume=resume, overwrite=overwrite, held=pulse.lock)
+    else:
+        run = Elsewhere(path)
     with run:
         kept = run.checkpoint
         folder = models.resolve(recipe.model.path, recipe.model.revision)
@@ -57,6 +67,8 @@ def finetune(
         same = identity(recipe, data, folder)
         if kept:
             same.check(kept.state.get("identity"), recipe.name, allow_change=allow_change)
+        agreement.require_one_run(ranks, same)
+        state = agreement.from_first(ranks, kept.state if kept else None)
         config = models.read_config(folder)
         memory = needs.memory_of(recipe, needs.skeleton(recipe, config), config, data.train)
         if not force:
@@ -82,18 +94,21 @@ def finetune(
             seed=recipe.train.seed,
             checkpointing=recipe.train.gradient_checkpointing,
             backend=assembly.backend(),
+            ranks=ranks,
         )
         with device.limits():
             pulse.started(trainer.micro_batch_tokens)
             needs.rehearse(recipe, trainer, data.train, step, memory.budget)
             run.require_space(needs.disk_bytes(assembly.trainable_parameters(loaded.model)))
-            asked = assembly.sample_prompts(recipe, loaded)
+            asked = assembly.sample_prompts(recipe, loaded) if ranks.leads else []
             session = Session(
                 recipe, run, display, trainer, data, rates, same, pulse, loaded.tokenizer, asked
             )
             if kept:
                 snapshot.restore(kept.path, trainer)
-                session.progress = Progress.resumed(kept.state)
+            trainer.state = State(*ranks.take_over(trainer.state))
+            if state:
+                session.progress = Progress.resumed(state)
                 if session.is_finished():
                     return session.already_finished()
                 run.go_on(recipe.to_toml())

@@ -24,6 +24,7 @@ DOCUMENTS = [
     "docs/coming-from.md",
     "docs/compatibility.md",
     "docs/serving.md",
+    "docs/several-macs.md",
     "docs/troubles.md",
 ]
 RECIPES = ["quickstart", "first", "improved", "codealpaca"]

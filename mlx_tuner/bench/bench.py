@@ -242,6 +242,11 @@ def _plain(spreads: Mapping[str, Spread]) -> dict[str, dict[str, float]]:
     return {key: spread.to_json() for key, spread in spreads.items()}
 
 
+def results_folder() -> Path:
+    """Where results are kept: see `save`."""
+    return RESULTS if RESULTS.is_dir() else cache.user_folder() / "bench"
+
+
 def save(found: Result, name: str | None) -> Path:
     """Write a result to ``benchmarks/results/NAME.json``, a sweep's heat map beside it.
 
@@ -254,8 +259,9 @@ def save(found: Result, name: str | None) -> Path:
     work = found["workload"]
     bits = f"-{work['quantize']}bit" if work["quantize"] else ""
     default = f"{found['benchmark']}-{found['machine']['chip']}-{work['model']}{bits}"
-    folder = RESULTS if RESULTS.is_dir() else cache.user_folder() / "bench"
-    path = folder / f"{name or re.sub('[^a-z0-9.]+', '-', default.lower()).strip('-.')}.json"
+    path = (
+        results_folder() / f"{name or re.sub('[^a-z0-9.]+', '-', default.lower()).strip('-.')}.json"
+    )
     files.write_json(path, found)
     if found["benchmark"] == "sweep":
         from mlx_tuner.bench.sweep import draw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from mlx_tuner.cli.options import example, json_option
 from mlx_tuner.errors import UsageError
 from mlx_tuner.show.terminal import console
+from mlx_tuner.system import launch
 
 PEER = "mlx-lm"
 
@@ -77,6 +79,14 @@ def _self_test(report: Path | None, as_json: bool) -> None:
 @click.option("--quick", is_flag=True, help="Fewer and shorter measurements.")
 @click.option("--against", metavar="mlx-lm|FILE.json", help="Compare with its trainer, or earlier.")
 @click.option("--sweep", is_flag=True, help="Try rows a step, tokens a row and quantisation.")
+@click.option("--ranks", is_flag=True, help="Under mlx.launch: time a sum over all machines.")
+@click.option(
+    "--link",
+    default="thunderbolt",
+    show_default=True,
+    type=click.Choice(["thunderbolt", "ethernet"]),
+    help="Between the machines of --ranks.",
+)
 @click.option("--name", help="Of the result file; default: by chip and model.")
 @click.option("--markdown", is_flag=True, help="Print a row for the README's table.")
 @json_option
@@ -90,6 +100,8 @@ def bench(
     quick: bool,
     against: str | None,
     sweep: bool,
+    ranks: bool,
+    link: str,
     name: str | None,
     markdown: bool,
     as_json: bool,
@@ -99,6 +111,10 @@ def bench(
     The result is kept as JSON: in benchmarks/results where that is a folder, else in
     ~/.cache/mlx-tune/bench.
     """
+    command = shlex.join(["mlx-tune", *sys.argv[1:]])
+    if ranks:
+        _bench_ranks(link, command, 3 if quick else 20, as_json)
+        return
     from mlx_tuner.bench import report as bench_report
     from mlx_tuner.bench.bench import bench, save
     from mlx_tuner.bench.sweep import measure
@@ -117,7 +133,6 @@ def bench(
         quick=quick,
         peer=against == PEER,
     )
-    command = shlex.join(["mlx-tune", *sys.argv[1:]])
     earlier = Path(against) if against and against != PEER else None
     with Display() as display:
         found = (
@@ -132,3 +147,17 @@ def bench(
     else:
         console(sys.stdout).print(bench_report.report(found))
     click.echo(f"written to {save(found, name)}", err=True)  # last: a full disk costs no figures
+
+
+def _bench_ranks(link: str, command: str, repeats: int, as_json: bool) -> None:
+    if (here := launch.launched(os.environ)) is None:
+        raise UsageError("--ranks is for several: mlx.launch -n 2 -- mlx-tune bench --ranks")
+    from mlx_tuner.bench import ranks as bench_ranks
+    from mlx_tuner.engine.ranks import join
+
+    ranks = join(here.backend)
+    found = bench_ranks.measure(ranks, here.backend, link, command=command, repeats=repeats)
+    if not ranks.leads:
+        return
+    click.echo(json.dumps(found, indent=2) if as_json else bench_ranks.report(found))
+    click.echo(f"written to {bench_ranks.save(found)}", err=True)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_tuner.cli.faults import print_faults
 from mlx_tuner.cli.options import example, json_option, recipe_options, set_option
-from mlx_tuner.errors import TunerError, UsageError
-from mlx_tuner.runs import place, pulse
+from mlx_tuner.errors import EverywhereError, RunStopped, TunerError, UsageError
+from mlx_tuner.runs import peers, place, pulse
 from mlx_tuner.runs.supervisor import supervise
 from mlx_tuner.show.terminal import console, safe
+from mlx_tuner.system import launch
 
 if TYPE_CHECKING:
     from mlx_tuner.recipe.tables import Recipe
@@ -69,16 +72,34 @@ def run(
             *(f"--set={override}" for override in overrides),
             *(flag for flag, given in flags if given),
         ]
-        claim = place.Claim(run_dir, resume=resume, overwrite=overwrite)
-        try:
-            code = supervise(claim, arguments, resume=resume, restart=not no_restart, say=_say)
-        finally:
-            claim.release()
+        with peers.meet(launch.launched(os.environ)) as others, ExitStack() as stack:
+            lock = None
+            if others.lead:
+                claim = place.Claim(run_dir, resume=resume, overwrite=overwrite)
+                stack.callback(claim.release)
+                lock = claim.descriptor
+            code = supervise(
+                run_dir,
+                lock,
+                arguments,
+                resume=resume,
+                restart=not no_restart,
+                say=_say,
+                peers=others,
+            )
         sys.exit(code)
+    here = launch.launched(os.environ)
     try:
-        _train(recipe, overrides, run_dir, own, resume, allow_change, force, quiet, as_json)
-    except TunerError:
-        raise
+        _train(recipe, overrides, run_dir, own, here, resume, allow_change, force, quiet, as_json)
+    except TunerError as error:
+        if here is None or here.rank == 0:
+            raise
+        if not isinstance(error, EverywhereError | RunStopped):  # which rank 0 tells of
+            print_faults(
+                [replace(fault, where=f"{here.name}: {fault.where}") for fault in error.faults],
+                len(error.faults),
+            )
+        sys.exit(error.exit_code)
     except Exception as error:  # of MLX, the system, or a fault of ours: the parent tells of it
         sys.exit(own.crashed(error))
 
@@ -94,6 +115,7 @@ def _train(
     overrides: tuple[str, ...],
     run_dir: Path,
     own: pulse.Pulse,
+    here: launch.Launch | None,
     resume: bool,
     allow_change: bool,
     force: bool,
@@ -104,12 +126,14 @@ def _train(
     from mlx_tuner.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    from mlx_tuner.engine.ranks import Ranks, join
     from mlx_tuner.runs.run import read_records
     from mlx_tuner.show.progress import Display
     from mlx_tuner.show.report import report
     from mlx_tuner.training import finetune
 
-    with Display(quiet=quiet) as display:
+    ranks = join(here.backend, own.met) if here else Ranks()
+    with Display(quiet=quiet or not ranks.leads) as display:
         summary = finetune(
             loaded,
             run_dir,
@@ -119,7 +143,10 @@ def _train(
             allow_change=allow_change,
             force=force,
             pulse=own,
+            ranks=ranks,
         )
+    if not ranks.leads:
+        return
     if as_json:
         click.echo(json.dumps(summary.to_json(), indent=2))
     else:
@@ -157,20 +184,40 @@ def init(name: str, output: Path) -> None:
 @click.command(epilog=example("plan recipes/codealpaca.toml --set train.batch_size=4"))
 @recipe_options
 @click.option("--fit", is_flag=True, help="Only say what fits into this machine's memory.")
+@click.option(
+    "--machines",
+    default=1,
+    type=click.IntRange(min=1),
+    help="How many like this one share the steps (docs/several-macs.md).",
+)
+@click.option(
+    "--link",
+    default="thunderbolt",
+    show_default=True,
+    type=click.Choice(["thunderbolt", "ethernet"]),
+    help="Between the machines.",
+)
 @json_option
-def plan(recipe: Path, overrides: tuple[str, ...], fit: bool, as_json: bool) -> None:
+def plan(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    fit: bool,
+    machines: int,
+    link: str,
+    as_json: bool,
+) -> None:
     """What a run of RECIPE would do and need; loads no weights."""
     from mlx_tuner.recipe.load import load_recipe
 
-    _plan(load_recipe(recipe, overrides), as_json, fit)
+    _plan(load_recipe(recipe, overrides), as_json, fit, machines=machines, link=link)
 
 
-def _plan(recipe: Recipe, as_json: bool, fit: bool = False) -> None:
+def _plan(recipe: Recipe, as_json: bool, fit: bool = False, **shared: Any) -> None:
     from mlx_tuner.commands.plan import plan
     from mlx_tuner.show.progress import Display
 
     with Display() as display:
-        planned = plan(recipe, display.task)
+        planned = plan(recipe, display.task, **shared)
     if as_json:
         click.echo(json.dumps(asdict(planned), indent=2))
         return

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_tuner import assembly, needs
+from mlx_tuner.commands import links
 from mlx_tuner.data.dataset import Dataset, Task, untold
 from mlx_tuner.models import model as models
 from mlx_tuner.models.architecture import parameter_count
@@ -55,6 +59,12 @@ class Plan:
     """Of all steps, evaluations left out."""
     seconds_by: str
     """How that is known."""
+    machines: int
+    """That share each step's rows."""
+    sum_seconds: float
+    """A step, for the machines to add up their gradients: part of `seconds`."""
+    sum_by: str
+    """How that is known."""
     disk_gb: float
     """Of checkpoints and adapter."""
     learning_rates: list[float]
@@ -63,8 +73,15 @@ class Plan:
     """What should be known of the rows."""
 
 
-def plan(recipe: Recipe, task: Task = untold) -> Plan:
+def plan(
+    recipe: Recipe, task: Task = untold, *, machines: int = 1, link: str = "thunderbolt"
+) -> Plan:
     """Count what the recipe asks for. Loads the tokenizer and the rows, but no weights.
+
+    Args:
+        task: shows what is under way.
+        machines: as fast as this one, that are to share the steps.
+        link: between them, by its name in `links`.
 
     Raises:
         TunerError: whatever would stop the run before its first step.
@@ -86,6 +103,12 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
     seconds, by = needs.seconds_of(
         recipe, tokens=data.train.tokens * len(rates) // epoch, total_parameters=total
     )
+    known = links.measured(link)
+    # The gradient, in fp32; what goes with it is a few bytes.
+    summing = known.sum_seconds(4 * trainable, machines) if machines > 1 else 0.0
+    if seconds is not None:
+        tokens = [lengths.tolist() for lengths in tokens_of_steps(recipe, data.train)]
+        seconds = seconds * links.largest_share(tokens, machines) + summing * len(rates)
     return Plan(
         recipe=recipe.name,
         model=recipe.model.path,
@@ -114,6 +137,9 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
         advice=None if memory.fits else memory.advice,
         seconds=seconds,
         seconds_by=by,
+        machines=machines,
+        sum_seconds=summing,
+        sum_by=known.by,
         disk_gb=needs.disk_bytes(trainable) / 1e9,
         learning_rates=rates,
     )
@@ -121,8 +147,14 @@ def plan(recipe: Recipe, task: Task = untold) -> Plan:
 
 def padding(recipe: Recipe, rows: Dataset) -> float:
     """How many tokens, over those of the rows, padding to a step's longest row would add."""
+    steps = list(tokens_of_steps(recipe, rows))
+    padded = sum(len(step) * int(step.max()) for step in steps)
+    return padded / sum(int(step.sum()) for step in steps) - 1
+
+
+def tokens_of_steps(recipe: Recipe, rows: Dataset) -> Iterator[np.ndarray]:
+    """Tokens of each row of each of an epoch's steps, as far as rows are surveyed."""
     lengths = rows.survey.tokens[rows.survey.usable]
     steps = schedule.steps_per_epoch(len(lengths), recipe.train.batch_size)
-    order = assembly.row_order(recipe, len(lengths), 0, steps)
-    padded = sum(len(step) * int(lengths[list(step)].max()) for step in order)
-    return padded / int(lengths.sum()) - 1
+    for step in assembly.row_order(recipe, len(lengths), 0, steps):
+        yield lengths[list(step)]

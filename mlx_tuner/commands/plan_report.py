@@ -53,6 +53,9 @@ def _facts(planned: Plan) -> Iterator[tuple[str, str]]:
     yield "micro-batch", f"{planned.micro_batch_tokens:,} tokens at most"
     time = "" if planned.seconds is None else f"about {duration(planned.seconds)}, "
     yield "time", f"{time}{planned.seconds_by}"
+    if planned.machines > 1:
+        summed = f"a sum takes {1000 * planned.sum_seconds:.1f} ms a step, {planned.sum_by}"
+        yield "machines", f"{planned.machines} like this one; {summed}"
     yield "disk", f"{size(1e9 * planned.disk_gb)} of checkpoints"
     first, last = planned.learning_rates[0], planned.learning_rates[-1]
     highest = scientific(max(planned.learning_rates))

@@ -25,6 +25,7 @@ from mlx_tuner.engine.forward import (
 from mlx_tuner.engine.loss import linear_cross_entropy, linear_cross_entropy_value
 from mlx_tuner.engine.noise import Noise
 from mlx_tuner.engine.optimizer import State
+from mlx_tuner.engine.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class StepResult:
     """Between the last result and this one; what was done in between is not in it."""
     waited: float
     """Of them, spent waiting for rows."""
+    stop: bool = False
+    """Whether some rank had been asked to stop when the step was sent to the device."""
 
 
 class Trainer:
@@ -59,6 +62,7 @@ class Trainer:
         seed: of dropout and noise, which are functions of it and of the step.
         checkpointing: recompute each block in the backward pass.
         backend: the machine's numbers.
+        ranks: the processes that share the rows of a step.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Trainer:
         seed: int = 0,
         checkpointing: bool = False,
         backend: Backend = CPU,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
         self.micro_batch_tokens = micro_batch_tokens
@@ -82,6 +87,7 @@ class Trainer:
         self.seed = seed
         self.checkpointing = checkpointing
         self.backend = backend
+        self.ranks = ranks or Ranks()
         start = lora.trainable(model)
         self.shapes = optimizer.Shapes(start)
         self.state = State.start(self.shapes.flatten(start))
@@ -102,7 +108,10 @@ class Trainer:
         return self.shapes.unflatten(self.state.parameters)
 
     def make_micro_batches(self, rows: Sequence[Example]) -> Step:
-        """The rows of one step as micro-batches."""
+        """This rank's share of the rows of one step, as micro-batches."""
+        return self._laid_out(self._own(rows))
+
+    def _laid_out(self, rows: Sequence[Example]) -> Step:
         return batching.make_micro_batches(
             rows,
             self.micro_batch_tokens,
@@ -111,32 +120,36 @@ class Trainer:
             backend=self.backend,
         )
 
-    def step(self, step: Step, number: int, learning_rate: float) -> Scalars:
+    def step(self, step: Step, number: int, learning_rate: float, *, stop: bool = False) -> Scalars:
         """One update from the micro-batches of a step, left to be evaluated.
 
         Args:
-            step: where it is empty, nothing is updated.
+            step: where it is empty on all ranks, nothing is updated.
             number: 0-based; with the seed it decides the dropout masks and the noise.
+            stop: tell all ranks that this one is to stop.
         """
-        if step.empty:
-            return Scalars(mx.array(math.nan), mx.array(math.nan), mx.array(True))
         loss, gradient = self.sum_of_micro_batches(step, number)
-        loss, gradient = loss / step.target_tokens, gradient / step.target_tokens
+        own = gradient[-1] + 0  # a copy, so that the vector need not be kept
+        # fp32 counts up to 2²⁴ one by one.
+        counts = mx.array([step.target_tokens, step.rows, step.tokens, stop], mx.float32)
+        gradient, sums = self.ranks.sum(gradient, mx.concatenate([loss[None], counts]))
+        loss, targets = sums[0], sums[1]
+        loss, gradient = loss / targets, gradient / targets
         gradient, norm = optimizer.clip(gradient, self.max_grad_norm)
         finite = mx.isfinite(loss) & mx.isfinite(norm)
         rates = learning_rate * self._rates
         new = optimizer.adamw(self.state, gradient, rates, weight_decay=self.weight_decay)
         self.state = optimizer.choose(finite, new, self.state)
-        return Scalars(loss, norm, finite)
+        return Scalars(loss, norm, finite | (targets == 0), sums[1:], own)
 
     def rehearse(self, rows: Sequence[Example]) -> int:
-        """Run a step and drop the result: out of memory now or never.
+        """Compute all rows of a step and drop the result: out of memory now or never.
 
         Returns:
             The peak of memory, bytes.
         """
         mx.reset_peak_memory()
-        mx.eval(self.sum_of_micro_batches(self.make_micro_batches(rows), 0))
+        mx.eval(self.sum_of_micro_batches(self._laid_out(rows), 0))
         return mx.get_peak_memory()
 
     def sum_of_micro_batches(self, step: Step, number: int) -> tuple[mx.array, mx.array]:
@@ -157,7 +170,7 @@ class Trainer:
             losses.append(loss)
             self.start(loss, total, prefix_gradients)
         self._set(parameters)
-        return mx.stack(losses).sum(), total
+        return mx.stack(losses or [mx.zeros(())]).sum(), total
 
     def start(
         self, loss: mx.array, gradient: mx.array, prefix_gradients: list[PrefixState]
@@ -222,7 +235,9 @@ class Trainer:
         self._set(self.adapter)
         total, targets = 0.0, 0
         for rows in batches:
-            step = batching.make_micro_batches(rows, self.micro_batch_tokens, backend=self.backend)
+            step = batching.make_micro_batches(
+                self._own(rows), self.micro_batch_tokens, backend=self.backend
+            )
             if step.empty:
                 continue
             past = self._prefix_states(step)
@@ -236,7 +251,12 @@ class Trainer:
                 mx.async_eval(loss)
             total += float(mx.stack(losses).sum().item())
             targets += step.target_tokens
-        return total / targets if targets else math.nan
+        loss, count = self.ranks.total([total, targets])
+        return loss / count if count else math.nan
+
+    def _own(self, rows: Sequence[Example]) -> list[Example]:
+        """This rank's share of some rows."""
+        return [rows[i] for i in self.ranks.share([row.inputs for row in rows])]
 
 
 class Scalars(NamedTuple):
@@ -246,6 +266,10 @@ class Scalars(NamedTuple):
     grad_norm: mx.array
     """From before clipping."""
     finite: mx.array
+    counts: mx.array
+    """Over all ranks: target tokens, rows, tokens, and how many ranks are to stop."""
+    own: mx.array
+    """There when this rank's part of the sum of gradients is."""
 
 
 def train(
@@ -255,6 +279,7 @@ def train(
     *,
     first_step: int = 0,
     pause_after: Callable[[int], bool] = lambda steps: False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepResult]:
     """One optimizer step for each batch of rows, its result after it is done.
 
@@ -265,6 +290,7 @@ def train(
     Args:
         pause_after: whether the device is to be idle while a result is handed out, by how many
             steps are then done: where something else is to be computed, and timed, in between.
+        stopping: whether this rank is to stop, which all of them then learn from a step's result.
     """
     clock = _Clock()
     ahead = (
@@ -273,29 +299,32 @@ def train(
     )
     upcoming = next(ahead, None)
     number = first_step
-    under_way: list[tuple[Step, float, Scalars, State]] = []
+    under_way: list[tuple[float, Scalars, State]] = []
     while upcoming is not None:
         learning_rate, step = upcoming
-        scalars = trainer.step(step, number, learning_rate)
+        scalars = trainer.step(step, number, learning_rate, stop=stopping())
         mx.async_eval(scalars, trainer.state)
-        under_way.append((step, learning_rate, scalars, trainer.state))
+        under_way.append((learning_rate, scalars, trainer.state))
         number += 1
         upcoming = next(ahead, None)  # laid out while this step is computed
         newest = trainer.state
         while len(under_way) > 1 or (
             under_way and (upcoming is None or pause_after(number - len(under_way) + 1))
         ):
-            step, learning_rate, (loss, norm, finite), trainer.state = under_way.pop(0)
-            mx.eval(loss, norm, finite, trainer.state)
+            learning_rate, scalars, trainer.state = under_way.pop(0)
+            trainer.ranks.meet(scalars.own)
+            mx.eval(scalars, trainer.state)
+            targets, row_count, tokens, stops = map(int, scalars.counts.tolist())
             seconds, waited = clock.lap()
             yield StepResult(
-                loss=float(loss.item()),
-                grad_norm=float(norm.item()),
+                loss=float(scalars.loss.item()),
+                grad_norm=float(scalars.grad_norm.item()),
                 learning_rate=learning_rate,
-                rows=step.rows,
-                tokens=step.tokens,
-                target_tokens=step.target_tokens,
-                finite=bool(finite.item()),
+                rows=row_count,
+                tokens=tokens,
+                target_tokens=targets,
+                finite=bool(scalars.finite.item()),
+                stop=bool(stops),
                 seconds=seconds,
                 waited=waited,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _MESSAGES = (
@@ -30,6 +31,9 @@ _MESSAGES = (
     (r"cuda|cublas|cudnn", "the GPU's work failed", False),
 )
 """Patterns of messages; what they mean; whether less memory helps. The first match counts."""
+
+_OF_OTHERS = re.compile(r"\[(ring|jaccl|nccl)\]|connection to a peer", re.IGNORECASE)
+"""What MLX writes where another rank is gone."""
 
 _SIGNALS = {
     signal.SIGKILL: "the system killed it, most likely for memory",
@@ -60,6 +64,11 @@ def of_message(text: str) -> Cause | None:
     return None
 
 
+def is_of_others(text: str) -> bool:
+    """Whether what a process wrote to standard error tells of another rank's end."""
+    return bool(_OF_OTHERS.search(text))
+
+
 def of_signal(number: int, text: str) -> Cause:
     """What a signal that ended a process means, with what it wrote to standard error."""
     if found := of_message(text):
@@ -69,6 +78,10 @@ def of_signal(number: int, text: str) -> Cause:
     return Cause(sentence or f"signal {name} ended it")
 
 
-def of_silence(seconds: float) -> Cause:
-    """What no sign of life for so long means."""
-    return Cause(f"it hung: nothing happened for {seconds:.0f} s")
+def of_silence(seconds: float, placed: Callable[[str], str] = str) -> Cause:
+    """What no sign of life for so long means.
+
+    Args:
+        placed: says on which machine, where there are several.
+    """
+    return Cause(placed(f"it hung: nothing happened for {seconds:.0f} s"))

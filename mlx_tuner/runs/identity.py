@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,8 @@ FREE = {"micro_batch_tokens", "gradient_checkpointing", "log_every", "save_every
 """Keys of [train] that change no result."""
 ON_REQUEST = {"epochs", "max_steps", "eval_every", "early_stopping_patience", "learning_rate"}
 """Keys of [train] that change it in a defined way, from the checkpoint on."""
-_CHECKED = ("model", "data", "lora", "train")
+CHECKED = ("model", "data", "lora", "train")
+"""Tables that decide a result."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class Identity:
         self, before: Mapping[str, Any], source: str, allow_change: bool
     ) -> list[Fault]:
         faults = []
-        for table in _CHECKED:
-            old, new = before[table], self.recipe[table]
+        now = json.loads(json.dumps(self.recipe))  # lists and tuples are one there
+        for table in CHECKED:
+            old, new = before[table], now[table]
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) == new.get(key) or (table == "train" and key in FREE):
                     continue

@@ -26,8 +26,8 @@ CRASHED = 70
 class Handover:
     """Descriptors that a supervisor lets its child inherit, and how often it has restarted."""
 
-    lock: int
-    """Of the run's folder."""
+    lock: int | None
+    """Of the run's folder; None where another machine holds it."""
     pulse: int
     """Takes the lines."""
     alive: int
@@ -66,6 +66,10 @@ class Pulse:
         """Say that a step is made."""
         self._tell("step")
 
+    def met(self) -> None:
+        """Say that this rank's part of a step is computed, and others are waited for."""
+        self._tell("met")
+
     def quiet(self) -> None:
         """Say that nothing is to be heard until the next beat or step, however long that takes."""
         self._tell("quiet")
@@ -100,7 +104,8 @@ def take_over() -> Pulse | None:
         return None
     handover = Handover(**json.loads(text))
     for descriptor in (handover.lock, handover.pulse, handover.alive, handover.terminal):
-        os.set_inheritable(descriptor, False)
+        if descriptor is not None:
+            os.set_inheritable(descriptor, False)
     sys.stderr = os.fdopen(handover.terminal, "w", buffering=1, errors="backslashreplace")
     threading.Thread(target=_end_with, args=(handover.alive,), daemon=True).start()
     if sys.platform == "linux":

@@ -14,15 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 from mlx_tuner.runs import causes, pulse
 from mlx_tuner.runs.causes import Cause
-from mlx_tuner.runs.place import CRASH_LOG, Claim
+from mlx_tuner.runs.peers import Peers
+from mlx_tuner.runs.place import CRASH_LOG
 from mlx_tuner.system import blas, files
-from mlx_tuner.system.interrupt import SIGNALS
+from mlx_tuner.system.interrupt import Relay
 
 DELAYS = (5.0, 30.0, 120.0)
 """Seconds before each restart in a row without a new checkpoint; then it is given up."""
@@ -32,58 +34,67 @@ PATIENCE = 90.0
 """Seconds of silence at least that count as hanging, once steps are made."""
 SLOWEST = 6.0
 """Times the longest recent silence that count as hanging."""
+PATIENCE_OF_RANKS, SLOWEST_OF_RANKS = 45.0, 4.0
+"""The same where several machines wait for one another, and would for ever."""
 _KEPT_BYTES = 64_000
 _CHILD = "import sys; sys.path[:] = {path!r}; from mlx_tuner.cli import main; main()"
 
 
 def supervise(
-    claim: Claim,
+    path: Path,
+    lock: int | None,
     arguments: Sequence[str],
     *,
     resume: bool,
     restart: bool,
     say: Callable[[str], None],
+    peers: Peers,
 ) -> int:
     """Run `mlx-tune run ARGUMENTS` in a child process until it ends for good.
 
     Args:
+        path: the run's folder.
+        lock: a descriptor of its lock; None where it is another machine's.
         arguments: without `--resume` and `--overwrite`.
         resume: go on with the run that is there.
-        restart: start a child that died again.
+        restart: start a child that died again, if it is the only one.
         say: tells the person a line.
+        peers: those that supervise the run's other ranks.
 
     Returns:
         The exit code.
     """
-    state = _State(claim, list(arguments), resume, say)
-    with state.signals_handed_on(), state.kept_awake():
+    state = _State(path, lock, list(arguments), resume, say, peers)
+    _keep_awake()
+    with state.relay:
         while True:
             child = _Child(state)
             cause = child.watch()
-            if state.signal is not None and (cause or child.code < 0):
-                return 128 + state.signal
+            if not peers.alone:
+                return state.end_together(cause, child)
+            if state.relay.signal is not None and (cause or child.code < 0):
+                return 128 + state.relay.signal
             if cause is None:
                 return child.code
             state.note_crash(cause, child)
             if not restart or not state.may_restart(cause, child):
-                say(f"error: {claim.path}: training died: {cause.sentence}; {state.advice()}")
+                say(f"error: {path}: training died: {cause.sentence}; {state.advice()}")
                 return 1
             if not state.wait():
-                return 128 + int(state.signal or 0)
+                return 128 + int(state.relay.signal or 0)
 
 
 @dataclass
 class _State:
     """What outlives a child."""
 
-    claim: Claim
+    path: Path
+    lock: int | None
     arguments: list[str]
     resume: bool
     say: Callable[[str], None]
-    signal: int | None = None
-    """The first that came."""
-    child: int | None = None
-    """The process id of a child that runs."""
+    peers: Peers
+    relay: Relay = field(default_factory=Relay)
     restarts: int | None = None
     failures: int = 0
     """In a row without a new checkpoint."""
@@ -93,11 +104,36 @@ class _State:
 
     def note_crash(self, cause: Cause, child: _Child) -> None:
         """Keep what the child left on standard error, with a line of our own."""
+        self.log(f"process {child.pid}: {cause.sentence}", child.text)
+
+    def log(self, sentence: str, text: str) -> None:
+        """Add to the run's `crash.log`."""
         when = time.strftime("%Y-%m-%d %H:%M:%S")
-        text = child.stderr.decode("utf-8", "replace").rstrip()
-        lines = f"{when} process {child.pid}: {cause.sentence}" + (f"\n{text}" if text else "")
+        lines = f"{when} {sentence}" + (f"\n{text}" if text else "")
         with suppress(Exception):  # a full disk is no reason to lose the sentence too
-            files.append_line(self.claim.path / CRASH_LOG, lines)
+            files.append_line(self.path / CRASH_LOG, lines)
+
+    def end_together(self, cause: Cause | None, child: _Child) -> int:
+        """End this rank of a run when all of them end; the exit code.
+
+        Nothing is started again by itself: somebody should look at the machine that failed.
+        """
+        peers, text = self.peers, child.text
+        by_signal = self.relay.signal is not None and child.code < 0 and peers.ending is None
+        why = cause.sentence if cause else None
+        if by_signal:
+            why = "a signal stopped it before its first step, or a second one at once"
+        ending = peers.ended(child.code, why, text, secondary=causes.is_of_others(text))
+        if by_signal:
+            return 128 + int(self.relay.signal or 0)
+        if ending is None or (cause is None and child.code > 0):
+            return child.code
+        if peers.lead:
+            self.log(ending, "\n".join([text, *peers.texts]).strip())
+        if peers.tells:
+            how = "continue with --resume" if child.saved >= 0 or self.resume else "start again"
+            self.say(f"error: {self.path}: the run is over on all machines: {ending}; {how}")
+        return 1
 
     def may_restart(self, cause: Cause, child: _Child) -> bool:
         """Count a failure, and prepare another try if there is to be one."""
@@ -122,15 +158,15 @@ class _State:
 
     def advice(self) -> str:
         """What a person can do after the last try."""
-        more = f"see {self.claim.path / CRASH_LOG}"
+        more = f"see {self.path / CRASH_LOG}"
         return f"continue with --resume; {more}" if self.resume else more
 
     def wait(self) -> bool:
         """Wait until the next start. Returns False if a signal came."""
         end = time.monotonic() + DELAYS[self.failures - 1]
-        while self.signal is None and (left := end - time.monotonic()) > 0:
+        while self.relay.signal is None and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
-        return self.signal is None
+        return self.relay.signal is None
 
     def command(self) -> list[str]:
         """What the next child is to be."""
@@ -140,58 +176,6 @@ class _State:
         if self.micro_batch_tokens is not None:
             command.append(f"--set=train.micro_batch_tokens={self.micro_batch_tokens}")
         return command
-
-    def signals_handed_on(self) -> _Handlers:
-        return _Handlers(self)
-
-    def kept_awake(self) -> _Awake:
-        return _Awake()
-
-
-class _Handlers:
-    """Hands signals on to the child, which is in a process group of its own.
-
-    So a Ctrl-C reaches it once, and not twice: a second signal ends it at once.
-    """
-
-    def __init__(self, state: _State) -> None:
-        self._state = state
-
-    def __enter__(self) -> None:
-        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGTSTP)}
-        self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN}
-        for number in self._before:
-            signal.signal(number, self._stop if number == signal.SIGTSTP else self._hand_on)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hand_on(self, number: int, _: object) -> None:
-        if self._state.signal is None:
-            self._state.signal = number
-        if self._state.child is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._state.child, number)
-
-    def _stop(self, *_: object) -> None:
-        """Ctrl-Z: stop the child, then this process; both go on when this call returns."""
-        child = self._state.child
-        if child is not None:
-            os.kill(child, signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        if child is not None:
-            os.kill(child, signal.SIGCONT)
-
-
-class _Awake:
-    """Keeps a Mac from sleeping while the run lasts, but not its display."""
-
-    def __enter__(self) -> None:
-        if sys.platform == "darwin" and (program := which("caffeinate")):
-            os.posix_spawn(program, [program, "-is", "-w", str(os.getpid())], os.environ)
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 class _Child:
@@ -226,11 +210,11 @@ class _Child:
         error_in, error_out = os.pipe()
         alive_in, alive_out = os.pipe()
         terminal = os.dup(2)
-        for descriptor in (self._state.claim.descriptor, pulse_out, alive_in, terminal):
+        lock = self._state.lock
+        inherited = (pulse_out, alive_in, terminal, *(() if lock is None else (lock,)))
+        for descriptor in inherited:
             os.set_inheritable(descriptor, True)
-        handover = pulse.Handover(
-            self._state.claim.descriptor, pulse_out, alive_in, terminal, self._state.restarts
-        )
+        handover = pulse.Handover(lock, pulse_out, alive_in, terminal, self._state.restarts)
         environ = blas.environment(os.environ)
         environ[pulse.VARIABLE] = handover.to_json()
         if sys.platform == "darwin":
@@ -243,22 +227,25 @@ class _Child:
             file_actions=[(os.POSIX_SPAWN_DUP2, error_out, 2)],
             setpgroup=0,
         )
-        self._state.child = self.pid
-        os.set_inheritable(self._state.claim.descriptor, False)
+        self._state.relay.child = self.pid
+        if lock is not None:
+            os.set_inheritable(lock, False)
         for descriptor in (pulse_out, error_out, alive_in, terminal):
             os.close(descriptor)
         self._pulse, self._error, self._alive_out = pulse_in, error_in, alive_out
-        if self._state.signal is not None:  # it came while the child was being started
-            os.kill(self.pid, self._state.signal)
+        if self._state.relay.signal is not None:  # it came while the child was being started
+            os.kill(self.pid, self._state.relay.signal)
 
     def watch(self) -> Cause | None:
         """Wait for the child's end. Returns why it died; None where its exit code says it all."""
-        pipes = [self._pulse, self._error]
+        pipes, peers = [self._pulse, self._error], self._state.peers
+        tick = TICK if peers.alone else TICK / 10
         hung = None
         last = time.monotonic()
         while self._pulse in pipes:
-            ready, _, _ = select.select(pipes, [], [], TICK)
-            for pipe in ready:
+            watched: list[Any] = [*pipes, *peers.sockets]
+            ready, _, _ = select.select(watched, [], [], tick)
+            for pipe in [each for each in ready if each in pipes]:
                 if not (data := os.read(pipe, 1 << 16)):
                     pipes.remove(pipe)
                 elif pipe == self._error:
@@ -267,10 +254,13 @@ class _Child:
                     self._take(data)
             now = time.monotonic()
             # A machine that slept, or a parent that was stopped, counts as one tick.
-            self._silence += 0.0 if self._is_stopped() else min(now - last, 2 * TICK)
-            last = now
-            if hung is None and self._is_hanging():
-                hung = causes.of_silence(self._silence)
+            elapsed, last = min(now - last, 2 * tick), now
+            self._silence += 0.0 if self._is_stopped() and peers.alone else elapsed
+            peers.take(ready, elapsed)
+            if peers.ending is not None and self._status is None:
+                os.kill(self.pid, signal.SIGKILL)  # checkpoints are whole at any time
+            elif hung is None and self._is_hanging():
+                hung = causes.of_silence(self._silence, peers.late)
                 os.kill(self.pid, signal.SIGABRT)  # faulthandler tells where it is
                 time.sleep(1)
                 with suppress(ProcessLookupError):
@@ -284,10 +274,12 @@ class _Child:
         for line in lines:
             what, _, value = line.decode().partition(" ")
             self._begun = True
-            if what == "step":
+            if what in ("step", "met"):
                 if self._alive:
                     self._silences.append(silence)
-                self._alive = True
+                self._alive = self._alive or what == "step"
+                if what == "met":
+                    self._state.peers.met()
             elif what == "beat":
                 self._slowest_beat = max(self._slowest_beat, silence if self._beats else 0.0)
                 self._beats = True
@@ -316,13 +308,22 @@ class _Child:
         return self._stopped
 
     def _is_hanging(self) -> bool:
-        slowest = max([self._slowest_beat, *self._silences])
-        return self._alive and self._silence > max(PATIENCE, SLOWEST * slowest)
+        peers, slowest = self._state.peers, max([self._slowest_beat, *self._silences])
+        if peers.alone:
+            limit = max(PATIENCE, SLOWEST * slowest)
+        else:
+            limit = max(PATIENCE_OF_RANKS, SLOWEST_OF_RANKS * slowest)
+        return self._alive and peers.lead and self._silence > limit
+
+    @property
+    def text(self) -> str:
+        """What it has written to standard error, the end of it."""
+        return self.stderr.decode("utf-8", "replace").strip()
 
     def _end(self) -> None:
         if self._status is None:
             _, self._status = os.waitpid(self.pid, 0)
-        self._state.child = None
+        self._state.relay.child = None
         self.code = os.waitstatus_to_exitcode(self._status)
         while select.select([self._error], [], [], 0)[0] and (data := os.read(self._error, 65536)):
             self.stderr = (self.stderr + data)[-_KEPT_BYTES:]
@@ -337,15 +338,20 @@ class _Child:
         return failures > 1 if kills is None else kills != self._oom_kills
 
     def _cause(self) -> Cause | None:
-        text = self.stderr.decode("utf-8", "replace").strip()
         if self.code < 0:
-            return causes.of_signal(-self.code, text)
+            return causes.of_signal(-self.code, self.text)
         if self.code == pulse.CRASHED:
             message = self._message or "no reason is known"
             return causes.of_message(message) or Cause(message, chance=False)
         if self.code and not self._begun:
-            return Cause(text.rpartition("\n")[2] or f"exit code {self.code}", chance=False)
+            return Cause(self.text.rpartition("\n")[2] or f"exit code {self.code}", chance=False)
         return None
+
+
+def _keep_awake() -> None:
+    """Keep a Mac from sleeping while this process lasts, but not its display."""
+    if sys.platform == "darwin" and (program := which("caffeinate")):
+        os.posix_spawn(program, [program, "-is", "-w", str(os.getpid())], os.environ)
 
 
 def _oom_kills() -> int | None:

@@ -161,8 +161,8 @@ def _thinned(steps: Sequence[int], evaluated: Sequence[int], best: int | None) -
     return sorted(kept | {steps[0], steps[-1]} | {step for step in steps if step == best})
 
 
-def machine(facts: Machine) -> dict[str, str]:
-    """Chip, memory and versions by name."""
+def machine(facts: Machine, ranks: int = 1) -> dict[str, str]:
+    """Chip, memory and versions by name; how many such processes, where there are several."""
     cores = f", {facts.gpu_cores} GPU cores" if facts.gpu_cores else ""
     return {
         "chip": f"{facts.chip}{cores}, {facts.cpu_cores} CPU cores",
@@ -173,6 +173,7 @@ def machine(facts: Machine) -> dict[str, str]:
         "MLX": facts.mlx,
         "mlx-lm": facts.mlx_lm,
         "mlx-tune": __version__,
+        **({"ranks": str(ranks)} if ranks > 1 else {}),
     }
 
 

@@ -1,12 +1,13 @@
-"""Interrupting: signals, kept for the next step boundary, and code that takes too long, stopped."""
+"""Interrupting: signals, kept for the next step boundary or handed on, and slow code, stopped."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,6 +43,46 @@ def deferred() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Relay:
+    """Hands signals on to a child in a process group of its own while its `with` block runs.
+
+    So a Ctrl-C reaches the child once, and not twice: a second signal ends it at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        """The first that came."""
+        self.child: int | None = None
+        """The process id of a child that runs."""
+
+    def __enter__(self) -> Relay:
+        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGTSTP)}
+        self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._stop if number == signal.SIGTSTP else self._hand_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hand_on(self, number: int, _: object) -> None:
+        if self.signal is None:
+            self.signal = number
+        if self.child is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.child, number)
+
+    def _stop(self, *_: object) -> None:
+        """Ctrl-Z: stop the child, then this process; both go on when this call returns."""
+        child = self.child
+        if child is not None:
+            os.kill(child, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if child is not None:
+            os.kill(child, signal.SIGCONT)
 
 
 class TookTooLong(Exception):

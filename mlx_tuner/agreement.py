@@ -1,0 +1,110 @@
+"""What the ranks of a run agree on: what they train, how fast each is, which adapter they have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mlx_tuner.engine.optimizer import State
+from mlx_tuner.engine.ranks import Ranks
+from mlx_tuner.errors import EverywhereError, Fault
+from mlx_tuner.runs.identity import CHECKED, Identity
+from mlx_tuner.system import launch
+
+_PACKAGES = ("mlx-lora-tuner", "mlx", "mlx-lm", "transformers", "numpy")
+_PLACES = {"data.train", "data.valid", "model.path", "lora.init_from"}
+"""Keys that name files, which may be elsewhere on each machine; what is in them is compared."""
+_ALIKE = 1.15
+"""Times that one machine may seem faster than another and count as the same."""
+
+Plain = TypeVar("Plain")
+
+
+def require_one_run(ranks: Ranks, same: Identity) -> None:
+    """Refuse ranks that would not train the same run.
+
+    Raises:
+        EverywhereError: what differs from rank 0, and on which host.
+    """
+    first, *others = map(json.loads, ranks.gather(json.dumps(_facts(same)).encode()))
+    faults = [
+        Fault(
+            f"{other['host']} (rank {rank})",
+            key,
+            f"is {_shown(other['facts'].get(key))}, but {_shown(value)} on {first['host']} "
+            "(rank 0); give all machines the same recipe, rows, model and packages",
+        )
+        for rank, other in enumerate(others, 1)
+        for key, value in first["facts"].items()
+        if other["facts"].get(key) != value
+    ]
+    if faults:
+        raise EverywhereError(*faults)
+
+
+def _facts(same: Identity) -> dict[str, Any]:
+    """Everything that decides a result, by the name under which a person knows it."""
+    recipe = {
+        f"{table}.{key}": value
+        for table in CHECKED
+        for key, value in same.recipe[table].items()
+        if f"{table}.{key}" not in _PLACES
+    }
+    contents = {
+        **{f"rows of data.{name}": digest for name, digest in same.rows.items()},
+        "weights of model.path": same.base,
+    }
+    versions = {f"version of {package}": version(package) for package in _PACKAGES}
+    return {"host": launch.host(), "facts": {**versions, **recipe, **contents}}
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:40]
+
+
+def from_first(ranks: Ranks, value: Plain) -> Plain:
+    """Rank 0's value, which JSON can hold; the other ranks' are not looked at."""
+    return json.loads(ranks.gather(json.dumps(value).encode() if ranks.leads else b"")[0])
+
+
+def speeds(ranks: Ranks, seconds: float) -> list[float]:
+    """How fast each rank is, from the time that each has taken for the same work.
+
+    Machines alike have one speed, so that their shares are equal, and the same after a restart.
+    """
+    taken = [float(each) for each in ranks.gather(repr(seconds).encode())]
+    return [1.0 if each <= _ALIKE * min(taken) else min(taken) / each for each in taken]
+
+
+def require_one_state(ranks: Ranks, state: State, step: int) -> None:
+    """Refuse to save what not all ranks have.
+
+    Raises:
+        EverywhereError: on which host it differs.
+    """
+    if ranks.size == 1:
+        return
+    digest = hashlib.blake2b(digest_size=16)
+    for array in state:
+        digest.update(np.array(array).data)
+    own = {"host": launch.host(), "digest": digest.hexdigest()}
+    found: Sequence[Mapping[str, str]] = [
+        json.loads(each) for each in ranks.gather(json.dumps(own).encode())
+    ]
+    for rank, each in enumerate(found):
+        if each["digest"] != found[0]["digest"]:
+            what = (
+                f"has another adapter than {found[0]['host']} (rank 0) after step {step}; that is "
+                "a fault of its memory or GPU, or of ours: continue with --resume without it"
+            )
+            raise EverywhereError(Fault(f"{each['host']} (rank {rank})", "", what))
+
+
+def largest(ranks: Ranks, number: int) -> int:
+    """The largest of the ranks' numbers, 0 … 255."""
+    return max(each[0] for each in ranks.gather(bytes([number])))

@@ -1,0 +1,190 @@
+"""peers.py: an end for all ranks where one fails, with children that only pretend to train."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launched import environments
+from test_supervisor import is_alive, wait_for
+
+from mlx_tuner.errors import UsageError
+from mlx_tuner.system.launch import Launch, host, launched
+
+PARENT = """
+import sys
+from mlx_tuner import cli
+from mlx_tuner.runs import peers, supervisor
+supervisor._CHILD = "exec(open('child.py').read())"
+supervisor.TICK, supervisor.PATIENCE_OF_RANKS = 0.5, 1.5
+peers.BEAT, peers.SILENCE, peers.ARRIVAL, peers.GRACE = 0.1, 2.0, 4.0, 1.0
+try:
+    cli.main(["run", "mine.toml", *sys.argv[1:]])
+finally:
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    assert not loaded & {"mlx", "numpy", "pydantic", "rich", "transformers"}, loaded
+"""
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+from mlx_tuner.runs import pulse
+own = pulse.take_over()
+rank = int(os.environ["MLX_RANK"])
+Path(f"child-{rank}").write_text(str(os.getpid()))
+def step():
+    own.met()
+    time.sleep(0.02)
+    own.step()
+"""
+
+
+def start(folder: Path, script: str, ranks: int = 3) -> list[subprocess.Popen[str]]:
+    (folder / "child.py").write_text(CHILD + script)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PARENT], cwd=folder, env=each, stderr=subprocess.PIPE, text=True
+        )
+        for each in environments(folder, ranks)
+    ]
+
+
+def end(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[list[str]]]:
+    """Exit codes, and lines on standard error."""
+    lines = [process.communicate(timeout=30)[1].splitlines() for process in processes]
+    return [process.returncode for process in processes], lines
+
+
+def child(folder: Path, rank: int) -> int:
+    path = folder / f"child-{rank}"
+    wait_for(path)
+    while not path.read_text():
+        time.sleep(0.01)
+    return int(path.read_text())
+
+
+def assert_all_ended(folder: Path, processes: list[subprocess.Popen[str]], why: str) -> None:
+    """With exit code 1, one sentence of rank 0 that names the host, and no child left."""
+    codes, lines = end(processes)
+    assert codes == [1] * len(processes)
+    assert lines[1:] == [[]] * (len(processes) - 1)
+    [line] = lines[0]
+    start = "mlx-tune: error: adapters/mine: the run is over on all machines: "
+    assert line.startswith(start + why.format(host=host()))
+    for rank in range(len(processes)):
+        assert not is_alive(child(folder, rank))
+
+
+TRAIN = "\nfor _ in range(10 ** 6): step()"
+
+
+def test_ranks_that_end_by_themselves_decide_their_exit_codes(tmp_path: Path) -> None:
+    for code in (0, 143):
+        codes, lines = end(start(tmp_path, f"time.sleep(0.3 * rank)\nsys.exit({code})"))
+        assert (codes, lines) == ([code] * 3, [[]] * 3)
+
+
+def test_one_rank_holds_the_folder_and_is_given_back_to_nobody_else(tmp_path: Path) -> None:
+    script = "assert (own.lock is None) == (rank > 0)\nassert '--overwrite' in sys.argv"
+    assert end(start(tmp_path, script)) == ([0] * 3, [[]] * 3)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_dies_ends_all_of_them(tmp_path: Path, rank: int) -> None:
+    script = f"own.saved(1)\nif rank == {rank}: step(); os.kill(os.getpid(), signal.SIGKILL)"
+    why = f"training on {{host}} (rank {rank}) died: the system killed it, most likely for memory"
+    assert_all_ended(tmp_path, start(tmp_path, script + TRAIN), why)
+
+
+def test_the_first_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -> None:
+    script = """
+if rank == 1:
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGSEGV)
+print("[ring] connection to a peer was lost", file=open(2, "w", closefd=False), flush=True)
+os.abort()
+"""
+    why = "training on {host} (rank 1) died: it read memory that is not its own"
+    assert_all_ended(tmp_path, start(tmp_path, script), why)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_all_of_them(tmp_path: Path, rank: int) -> None:
+    script = f"step()\nif rank != {rank}: own.met()\ntime.sleep(60)"
+    why = f"training on {{host}} (rank {rank}) died: it hung: nothing happened for"
+    assert_all_ended(tmp_path, start(tmp_path, script), why)
+
+
+def test_a_rank_that_is_stopped_ends_all_of_them(tmp_path: Path) -> None:
+    processes = start(tmp_path, TRAIN)
+    stopped = child(tmp_path, 2)
+    os.kill(processes[2].pid, signal.SIGSTOP)
+    os.kill(stopped, signal.SIGSTOP)
+    codes, lines = end(processes[:2])
+    assert codes == [1, 1]
+    assert f"{host()} (rank 2) has not been heard of for 2 s" in lines[0][0]
+    os.kill(processes[2].pid, signal.SIGCONT)
+    assert end(processes[2:])[0] == [1]
+    assert not is_alive(stopped)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_supervisor_that_is_killed_ends_all_of_them(tmp_path: Path, rank: int) -> None:
+    processes = start(tmp_path, TRAIN)
+    children = [child(tmp_path, each) for each in range(3)]
+    time.sleep(0.5)
+    processes[rank].kill()
+    codes, lines = end(processes)
+    assert codes == [-9 if each == rank else 1 for each in range(3)]
+    assert f"{host()} (rank {rank}) is gone" in lines[1 if rank == 0 else 0][0]
+    assert not any(map(is_alive, children))
+
+
+def test_a_rank_that_never_starts_is_told_of(tmp_path: Path) -> None:
+    processes = start(tmp_path, TRAIN)
+    processes[2].kill()
+    assert "rank 2" in end(processes)[1][0][0]
+
+
+def test_an_error_of_one_rank_ends_the_others(tmp_path: Path) -> None:
+    processes = start(tmp_path, "if rank == 1: sys.exit(2)" + TRAIN)
+    codes, lines = end(processes)
+    assert codes == [1, 2, 1]
+    assert f"{host()} (rank 1) ended with an error, exit code 2" in lines[0][0]
+
+
+def test_a_folder_that_is_refused_ends_the_others(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+    (tmp_path / "adapters" / "mine" / "mine.txt").touch()
+    processes = start(tmp_path, TRAIN)
+    codes, lines = end(processes)
+    assert codes == [2, 1, 1]
+    assert "is not empty and not a run" in lines[0][0]
+
+
+def test_what_launchers_set_is_understood(tmp_path: Path) -> None:
+    hosts, devices = tmp_path / "hosts", tmp_path / "devices"
+    hosts.write_text('[["10.0.0.1:5000", "10.0.0.1:5001"], ["10.0.0.2:5002", "10.0.0.2:5003"]]')
+    devices.write_text('[[null, "rdma_en5"], ["rdma_en5", null]]')
+    ring = {"MLX_RANK": "1", "MLX_HOSTFILE": str(hosts)}
+    assert launched(ring) == Launch(1, 2, "ring", "10.0.0.1", 5004, "10.0.0.1")
+    named = {**ring, "MLX_TUNE_MEET": "studio1.local"}
+    assert launched(named) == Launch(1, 2, "ring", "studio1.local", 5004, "")
+    jaccl = {"MLX_IBV_DEVICES": str(devices), "MLX_JACCL_COORDINATOR": "10.0.0.1:32323"}
+    assert launched({"MLX_RANK": "0", **jaccl}) == Launch(
+        0, 2, "jaccl", "10.0.0.1", 32324, "10.0.0.1"
+    )
+    nccl = {"MLX_WORLD_SIZE": "4", "NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "12345"}
+    assert launched({"MLX_RANK": "3", **nccl}) == Launch(
+        3, 4, "nccl", "10.0.0.1", 12346, "10.0.0.1"
+    )
+    assert launched({}) is None
+    hosts.write_text("")  # as for one host
+    assert launched(ring) is None
+    hosts.write_text(json.dumps([["10.0.0.1:5000"], ["10.0.0.2:5000"]]))
+    for wrong in ({"MLX_HOSTFILE": str(hosts)}, {"OMPI_COMM_WORLD_SIZE": "2"}):
+        with pytest.raises(UsageError):
+            launched(wrong)
