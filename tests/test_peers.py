@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launched import environments
-from test_supervisor import is_alive, wait_for
+from test_supervisor import state, wait_for
 
 from mlx_tuner.errors import UsageError
 from mlx_tuner.system.launch import Launch, host, launched
@@ -20,8 +20,8 @@ import sys
 from mlx_tuner import cli
 from mlx_tuner.runs import peers, supervisor
 supervisor._CHILD = "exec(open('child.py').read())"
-supervisor.TICK, supervisor.PATIENCE_OF_RANKS = 0.5, 1.5
-peers.BEAT, peers.SILENCE, peers.ARRIVAL, peers.GRACE = 0.1, 2.0, 4.0, 1.0
+supervisor.TICK, supervisor.PATIENCE_OF_RANKS = 0.5, 1.0
+peers.BEAT, peers.SILENCE, peers.ARRIVAL, peers.GRACE = 0.1, 2.0, 3.0, 1.0
 try:
     cli.main(["run", "mine.toml", *sys.argv[1:]])
 finally:
@@ -34,7 +34,10 @@ from pathlib import Path
 from mlx_tuner.runs import pulse
 own = pulse.take_over()
 rank = int(os.environ["MLX_RANK"])
-Path(f"child-{rank}").write_text(str(os.getpid()))
+Path(f"new-{rank}").write_text(str(os.getpid()))
+os.rename(f"new-{rank}", f"child-{rank}")
+while len(list(Path.cwd().glob("child-*"))) < 3:
+    time.sleep(0.01)
 def step():
     own.met()
     time.sleep(0.02)
@@ -42,13 +45,13 @@ def step():
 """
 
 
-def start(folder: Path, script: str, ranks: int = 3) -> list[subprocess.Popen[str]]:
+def start(folder: Path, script: str) -> list[subprocess.Popen[str]]:
     (folder / "child.py").write_text(CHILD + script)
     return [
         subprocess.Popen(
             [sys.executable, "-c", PARENT], cwd=folder, env=each, stderr=subprocess.PIPE, text=True
         )
-        for each in environments(folder, ranks)
+        for each in environments(folder, 3)
     ]
 
 
@@ -59,11 +62,8 @@ def end(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[list[st
 
 
 def child(folder: Path, rank: int) -> int:
-    path = folder / f"child-{rank}"
-    wait_for(path)
-    while not path.read_text():
-        time.sleep(0.01)
-    return int(path.read_text())
+    wait_for(folder / f"child-{rank}")
+    return int((folder / f"child-{rank}").read_text())
 
 
 def assert_all_ended(folder: Path, processes: list[subprocess.Popen[str]], why: str) -> None:
@@ -75,7 +75,7 @@ def assert_all_ended(folder: Path, processes: list[subprocess.Popen[str]], why: 
     start = "mlx-tune: error: adapters/mine: the run is over on all machines: "
     assert line.startswith(start + why.format(host=host()))
     for rank in range(len(processes)):
-        assert not is_alive(child(folder, rank))
+        assert state(child(folder, rank)) in ("", "Z")
 
 
 TRAIN = "\nfor _ in range(10 ** 6): step()"
@@ -83,6 +83,8 @@ TRAIN = "\nfor _ in range(10 ** 6): step()"
 
 def test_ranks_that_end_by_themselves_decide_their_exit_codes(tmp_path: Path) -> None:
     for code in (0, 143):
+        for path in tmp_path.glob("child-*"):
+            path.unlink()
         codes, lines = end(start(tmp_path, f"time.sleep(0.3 * rank)\nsys.exit({code})"))
         assert (codes, lines) == ([code] * 3, [[]] * 3)
 
@@ -125,10 +127,10 @@ def test_a_rank_that_is_stopped_ends_all_of_them(tmp_path: Path) -> None:
     os.kill(stopped, signal.SIGSTOP)
     codes, lines = end(processes[:2])
     assert codes == [1, 1]
-    assert f"{host()} (rank 2) has not been heard of for 2 s" in lines[0][0]
+    assert f"{host()} (rank 2) has not been heard of for " in lines[0][0]
     os.kill(processes[2].pid, signal.SIGCONT)
     assert end(processes[2:])[0] == [1]
-    assert not is_alive(stopped)
+    assert state(stopped) in ("", "Z")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -140,7 +142,7 @@ def test_a_supervisor_that_is_killed_ends_all_of_them(tmp_path: Path, rank: int)
     codes, lines = end(processes)
     assert codes == [-9 if each == rank else 1 for each in range(3)]
     assert f"{host()} (rank {rank}) is gone" in lines[1 if rank == 0 else 0][0]
-    assert not any(map(is_alive, children))
+    assert all(state(pid) in ("", "Z") for pid in children)
 
 
 def test_a_rank_that_never_starts_is_told_of(tmp_path: Path) -> None:

@@ -54,9 +54,13 @@ def test_rows_go_back_and_forth_and_a_fast_rank_has_more_of_them():
 def test_ranks_train_the_adapter_of_one(tmp_path: Path, ranks: int) -> None:
     script = [sys.executable, str(Path(__file__).with_name("ranked.py")), str(tmp_path)]
     script.append(json.dumps([1.0, 2.0, 1.0][:ranks]))
-    processes = [subprocess.Popen(script, env=each) for each in environments(tmp_path, ranks)]
+    stdin, held = os.pipe()  # of an input that has ended mlx.launch would read again and again
+    launch = [Path(sys.executable).with_name("mlx.launch"), f"-n{ranks}", f"-p{free_ports(ranks)}"]
+    process = subprocess.Popen([*launch, "--", *script], stdin=stdin)
     figures, loss, adapter = trained()
-    assert [process.wait(60) for process in processes] == [0] * ranks
+    assert process.wait(60) == 0
+    os.close(stdin)
+    os.close(held)
     for i in range(len(OPTIONS)):
         for rank in range(ranks):
             found = json.loads((tmp_path / f"{i}-{rank}.json").read_text())
@@ -208,13 +212,8 @@ def train_losses(run):
 @pytest.mark.slow
 def test_a_run_of_two_is_that_of_one_and_three_go_on_with_it(tmp_path, recipe):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    launch = [Path(sys.executable).with_name("mlx.launch"), "-n2", f"-p{free_ports(3)}", "--"]
-    command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), f"--run-dir={together}"]
-    stdin, held = os.pipe()  # of an input that has ended it would read again and again
-    done = subprocess.run([*launch, *command], stdin=stdin, capture_output=True, text=True)
-    os.close(stdin)
-    os.close(held)
-    assert "Node with rank" not in done.stderr, done.stderr
+    codes, said = end(start(recipe, together, 2))
+    assert codes == [0, 0], said
     summary = finetune(load_recipe(recipe), alone)
     told = read_summary(together)
     assert told.best_val_loss == pytest.approx(summary.best_val_loss, rel=1e-5)

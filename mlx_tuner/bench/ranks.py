@@ -13,7 +13,6 @@ from mlx_tuner.bench.bench import SCHEMA_VERSION, Result, results_folder
 from mlx_tuner.bench.measure import Spread
 from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.system import device, files
-from mlx_tuner.words import size as shown
 
 SIZES = (4_000, 400_000, 4_000_000, 16_000_000, 64_000_000)
 """Bytes: 16 MB are the gradient of the baseline's adapter in fp32."""
@@ -45,7 +44,7 @@ def measure(ranks: Ranks, backend: str, link: str, *, command: str, repeats: int
             "seconds": 2 * spreads[small].median / messages,
         },
         "measures": {
-            f"sum of {shown(size)}": {"seconds": spread.to_json()}
+            f"sum of {size / 1e6:g} MB": {"seconds": spread.to_json()}
             for size, spread in spreads.items()
         },
         "ratios": {},

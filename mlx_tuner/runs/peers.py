@@ -25,7 +25,8 @@ SILENCE = 30.0
 ARRIVAL = 60.0
 """Seconds in which all ranks must have started, and ended when the first has."""
 GRACE = 3.0
-"""Seconds for the cause to be told where only its consequences are known so far."""
+"""Seconds for the cause to be told where only its consequences are known so far, and for ranks that
+start to learn that the run is over."""
 _LONGEST = 1 << 20
 STOPPED = (0, 129, 130, 143)
 """Exit codes of a child that all ranks expect."""
@@ -285,6 +286,10 @@ class _First(_Connected):
         return self.ending
 
     def close(self) -> None:
+        end = time.monotonic() + GRACE
+        while len(self._seen) < self._launch.size - 1 and time.monotonic() < end:
+            ready, _, _ = select.select(self.sockets, [], [], 0.1)
+            self.take(ready)  # others are only just starting
         for link in self._arrived:
             link.tell(over=self.ending or "")
         super().close()
