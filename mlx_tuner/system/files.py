@@ -16,7 +16,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -128,6 +127,8 @@ def staging(directory: Path, size: int | None = None) -> Iterator[Path]:
     Args:
         size: bytes that it takes, for the message of a full disk.
     """
+    from concurrent.futures import ThreadPoolExecutor  # a start that is refused needs none
+
     require_new(directory)
     target = directory.resolve()  # which has a name and a parent, unlike "."
     prefix = f"{_TEMPORARY}{target.name[:64]}-"

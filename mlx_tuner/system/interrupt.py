@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import threading
@@ -99,6 +98,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     It works in every thread, which a signal does not.
     """
+    import ctypes  # which a start that is refused need not wait for
+
     thread, lock, over = threading.get_ident(), threading.Lock(), False
 
     def late() -> None:
