@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
@@ -13,11 +14,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 pytest.importorskip("hatchling")
 
@@ -44,8 +40,6 @@ def test_every_requirement_has_a_tested_version_within_its_range(root: Path) -> 
     }
     stated = [project["dependencies"], *project["optional-dependencies"].values()]
     for requirement in map(Requirement, itertools.chain(*stated)):
-        if requirement.name == "tomli":  # for Python 3.10 only
-            continue
         (pin,) = pins[canonicalize_name(requirement.name)]
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version), requirement

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import stat
-import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,6 @@ from mlx_tuner.recipe.checks import (
 )
 from mlx_tuner.recipe.tables import TABLES, Recipe
 from mlx_tuner.recipe.toml_lines import NestingError, key_lines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MAX_RECIPE_BYTES = 1024 * 1024
 _EXAMPLE = 'lora.target_modules=["q_proj", "v_proj"]'

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,9 +15,6 @@ from pydantic import (
     ValidationError,
     computed_field,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 FINISHED, STOPPED_EARLY, STOPPED, RUNNING = "finished", "stopped early", "stopped", "running"
 
