@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +34,7 @@ def measure(ranks: Ranks, backend: str, link: str, *, command: str, repeats: int
     return {
         "benchmark": "links",
         "schema_version": SCHEMA_VERSION,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "machine": device.facts().to_json(),
         "settings": {"ranks": ranks.size, "backend": backend, "link": link},
