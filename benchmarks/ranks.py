@@ -41,7 +41,7 @@ PATIENCE_SECONDS = 60.0
 """In which all ranks must have ended after one was killed."""
 RECIPE = (
     str(ROOT / "recipes" / "quickstart.toml"),
-    *("--set", "train.epochs=4", "--set", "train.save_every=2", "--set", "train.eval_every=10"),
+    *("--set", "train.epochs=12", "--set", "train.save_every=2", "--set", "train.eval_every=10"),
 )
 START_SECONDS = 15.0
 """About what three ranks take to their first step here; kills are drawn from this and as much."""
@@ -80,6 +80,7 @@ def one_rank(args: Any) -> None:
 
     from mlx_tuner.bench.measure import interleave
     from mlx_tuner.bench.work import LEARNING_RATE, Settings, adapted, work_of
+    from mlx_tuner.engine.optimizer import State
     from mlx_tuner.engine.ranks import Ranks, join
     from mlx_tuner.engine.trainer import Trainer, train
 
@@ -104,8 +105,10 @@ def one_rank(args: Any) -> None:
         warmups=1,
     )
     trainer.ranks = ranks
+    trainer.state = State(*ranks.take_over(trainer.state))  # apart, they have become two
     _, own = trainer.sum_of_micro_batches(trainer.make_micro_batches(work.batches[0]), 0)
     gradient, _ = ranks.sum(own, mx.zeros(1))
+    mx.eval(gradient)  # on both, before either goes
     trainer.ranks = alone
     _, truth = trainer.sum_of_micro_batches(trainer.make_micro_batches(work.batches[0]), 0)
     error = mx.linalg.norm(gradient - truth) / mx.linalg.norm(truth)

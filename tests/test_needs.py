@@ -96,6 +96,10 @@ def test_time_is_that_of_the_last_run_here_else_of_the_bench_else_a_guess(
     seconds, by = needs.seconds_of(recipe, tokens=1000, total_parameters=10**6)
     # 974 tokens took 1.3125 s.
     assert (seconds, by) == (pytest.approx(1000 * 1.3125 / 974), "by the run in adapters/earlier")
+    shared = {**summary.to_json(), "machine": story.machine(machine, ranks=2)}
+    (run / "summary.json").write_text(json.dumps(shared))
+    seconds, by = needs.seconds_of(recipe, tokens=1000, total_parameters=10**6)
+    assert seconds == pytest.approx(2 * 1000 * 1.3125 / 974)
 
 
 def test_a_plan_says_what_memory_goes_to(recipe):
