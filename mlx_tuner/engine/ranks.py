@@ -99,9 +99,11 @@ class Group(Ranks):
 
     def take_over(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """As sums to which the other ranks add zeros."""
-        given = [array if self.leads else mx.zeros_like(array) for array in arrays]
-        taken = [mx.distributed.all_sum(array, group=self._group) for array in given]
-        mx.eval(taken)
+        taken = []
+        for array in arrays:
+            given = array if self.leads else mx.zeros_like(array)
+            taken.append(mx.distributed.all_sum(given, group=self._group))
+            mx.eval(taken[-1])  # one by one, lest they go out in another order elsewhere
         return taken
 
 
