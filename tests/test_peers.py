@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,6 +150,17 @@ def test_a_rank_that_never_starts_is_told_of(tmp_path: Path) -> None:
     processes = start(tmp_path, TRAIN)
     processes[2].kill()
     assert "rank 2" in end(processes)[1][0][0]
+
+
+def test_a_stranger_at_the_port_changes_nothing(tmp_path: Path) -> None:
+    processes = start(tmp_path, "time.sleep(1)")
+    hosts = json.loads((tmp_path / "hosts.json").read_text())
+    address, port = hosts[-1][0].split(":")
+    wait_for(tmp_path / "child-0")
+    with socket.create_connection((address, int(port) + 1)) as stranger:
+        for line in (b"GET / HTTP/1.1", b'{"rank": [7]}', b'{"ended": 1}', b"[" * 9999, b'"\xff'):
+            stranger.sendall(line + b"\n")
+        assert end(processes) == ([0] * 3, [[]] * 3)
 
 
 def test_an_error_of_one_rank_ends_the_others(tmp_path: Path) -> None:

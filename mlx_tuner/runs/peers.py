@@ -119,7 +119,7 @@ class _Link:
         self.gone, self.silence = not data, 0.0
         *lines, self._line = (self._line + data)[-_LONGEST:].split(b"\n")
         for line in lines:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 if isinstance(found := json.loads(line), dict):
                     yield found
 
@@ -164,7 +164,7 @@ class _Connected(Peers):
                 what = "is gone: its mlx-tune was killed, or the machine or its network failed"
                 if not link.ended and link.rank >= 0:
                     self._lost(link.name, what)
-            elif link.silence > SILENCE and not link.ended:
+            elif link.silence > SILENCE and not link.ended and link.rank >= 0:
                 self._lost(link.name, f"has not been heard of for {link.silence:.0f} s")
             elif beat:
                 link.tell(beat=self._met)
@@ -240,9 +240,12 @@ class _First(_Connected):
         self._arrived.remove(link)
 
     def _heard(self, link: _Link, line: dict[str, Any]) -> None:
-        if "rank" in line:
-            link.rank, link.name = line["rank"], line["name"]
+        rank = line.get("rank")
+        if isinstance(rank, int) and 0 < rank < self._launch.size and rank not in self._seen:
+            link.rank, link.name = rank, str(line.get("name"))
             self._seen.add(link.rank)
+        if link.rank < 0:  # a stranger
+            return
         link.met = line.get("beat", line.get("met", link.met))
         if (code := line.get("ended")) is not None:
             link.ended = True
