@@ -340,7 +340,8 @@ def test_only_the_first_ten_wrong_tensors_are_listed(folder):
 @pytest.mark.parametrize("dtype", [mx.int64, mx.uint8, mx.uint32, mx.complex64])
 def test_weights_of_a_dtype_that_is_not_taken_are_refused(folder, dtype):
     single(folder, lambda tensors: tensors | {Q_PROJ: tensors[Q_PROJ].astype(dtype)})
-    assert "is a dtype that is not taken here" in one(folder)
+    said = one(folder)  # an older safetensors does not know complex numbers
+    assert "is a dtype that is not taken here" in said or "unknown variant `C64`" in said
 
 
 def test_a_missing_expert_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """The engine is exact: its losses and gradients are those of rows run alone, in float64."""
 
 import math
+import time
 from dataclasses import replace
 
 import mlx.core as mx
@@ -197,6 +198,18 @@ def test_each_result_comes_with_the_state_of_its_step(pauses):
         (alone,) = train(trainer, [batch], [1e-2], first_step=number)
         assert (alone.loss, updates) == (loss, number + 1)
         np.testing.assert_array_equal(parameters, np.array(trainer.state.parameters))
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+def test_a_step_is_as_long_as_it_takes_until_its_result_can_be_had(pauses):
+    """What is done with a result meanwhile is part of that, unless the device was to be idle."""
+    trainer = Trainer(tiny_model(), micro_batch_tokens=60)
+    seconds = []
+    rows = [random_rows(LENGTHS)] * 4
+    for result in train(trainer, rows, [1e-2] * 4, pause_after=lambda steps: pauses):
+        seconds.append(result.seconds)
+        time.sleep(0.5)
+    assert all(each >= 0.5 for each in seconds[1:]) != pauses
 
 
 def test_dropout_is_a_function_of_seed_and_step():

@@ -328,7 +328,8 @@ def train(
                 seconds=seconds,
                 waited=waited,
             )
-            clock.lap()  # what happens between two results is neither's
+            if not under_way:
+                clock.lap()  # what happened meanwhile is no part of a step
         trainer.state = newest
 
 
