@@ -121,6 +121,21 @@ def test_a_rank_that_hangs_ends_all_of_them(tmp_path: Path, rank: int) -> None:
     assert_all_ended(tmp_path, start(tmp_path, script), why)
 
 
+def test_a_rank_whose_training_is_stopped_is_named(tmp_path: Path) -> None:
+    script = "own.met(); own.step()\nPath('ready').touch()\ntime.sleep(60)"
+    processes = start(tmp_path, script)
+    wait_for(tmp_path / "ready")
+    os.kill(child(tmp_path, 1), signal.SIGSTOP)
+    why = "training on {host} (rank 1) died: it hung: nothing happened for"
+    assert_all_ended(tmp_path, processes, why)
+
+
+def test_where_all_ranks_wait_all_are_named(tmp_path: Path) -> None:
+    names = " and ".join(f"{{host}} (rank {rank})" for rank in range(3))
+    why = f"nothing comes of what {names} tell one another: it hung"
+    assert_all_ended(tmp_path, start(tmp_path, "step()\ntime.sleep(60)"), why)
+
+
 def test_a_rank_that_is_stopped_ends_all_of_them(tmp_path: Path) -> None:
     processes = start(tmp_path, TRAIN)
     stopped = child(tmp_path, 2)

@@ -42,6 +42,8 @@ class Peers:
     alone = True
     lead = True
     """Whether this is rank 0, which waits for the others' signs of life."""
+    stopped = False
+    """Whether somebody has stopped this rank's child (SIGSTOP)."""
     tells = True
     """Whether it is this rank that tells the person why the run is over."""
 
@@ -100,6 +102,7 @@ class _Link:
         self.silence = 0.0
         self.met = 0
         """Parts of steps that the rank has computed."""
+        self.stopped = False
         self.ended = False
         self.gone = False
         self._line = b""
@@ -167,7 +170,7 @@ class _Connected(Peers):
             elif link.silence > SILENCE and not link.ended and link.rank >= 0:
                 self._lost(link.name, f"has not been heard of for {link.silence:.0f} s")
             elif beat:
-                link.tell(beat=self._met)
+                link.tell(met=self._met, stopped=self.stopped)
 
     def _drop(self, link: _Link) -> None:
         link.socket.close()
@@ -246,7 +249,7 @@ class _First(_Connected):
             self._seen.add(link.rank)
         if link.rank < 0:  # a stranger
             return
-        link.met = line.get("beat", line.get("met", link.met))
+        link.met, link.stopped = line.get("met", link.met), line.get("stopped", link.stopped)
         if (code := line.get("ended")) is not None:
             link.ended = True
             self._done.add(link.rank)
@@ -270,13 +273,15 @@ class _First(_Connected):
 
     def late(self, sentence: str) -> str:
         self._late = True
-        behind = [link.name for link in self._arrived if link.met < self._met]
-        ahead = [link for link in self._arrived if link.met > self._met]
-        if ahead:
-            return _death(self._launch.name, sentence)
-        if behind:
-            return _death(" and ".join(behind), sentence)
-        return f"the sum over the machines did not come: {sentence}"
+        ranks = [(self._launch.name, self._met, self.stopped)]
+        others = sorted(self._arrived, key=lambda link: link.rank)
+        ranks += [(link.name, link.met, link.stopped) for link in others]
+        most = max(met for _, met, _ in ranks)
+        late = [name for name, _, stopped in ranks if stopped]
+        if late := late or [name for name, met, _ in ranks if met < most]:
+            return _death(" and ".join(late), sentence)
+        names = " and ".join(name for name, _, _ in ranks)
+        return f"nothing comes of what {names} tell one another: {sentence}"
 
     def ended(self, code: int, sentence: str | None, text: str, *, secondary: bool) -> str | None:
         self._ended, self._waited = True, 0.0

@@ -255,7 +255,8 @@ class _Child:
             now = time.monotonic()
             # A machine that slept, or a parent that was stopped, counts as one tick.
             elapsed, last = min(now - last, 2 * tick), now
-            self._silence += 0.0 if self._is_stopped() and peers.alone else elapsed
+            peers.stopped = self._is_stopped()
+            self._silence += 0.0 if peers.stopped and peers.alone else elapsed
             peers.take(ready, elapsed)
             if peers.ending is not None and self._status is None:
                 os.kill(self.pid, signal.SIGKILL)  # checkpoints are whole at any time
