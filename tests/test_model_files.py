@@ -383,6 +383,14 @@ def test_token_ids_past_the_embedding_are_refused(folder, where):
     )
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_ids_that_a_config_names_past_the_embedding_are_refused(folder, name, field):
+    edit(folder / name, **{field: [5, 2048]})
+    where = f"{folder / name}: {field}"
+    assert f"{where}: token id 2048, but the embedding has 2048 rows" in refusal(folder)
+
+
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 

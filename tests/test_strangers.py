@@ -240,6 +240,10 @@ SPOILED = {
         lambda f: (f / "special_tokens_map.json").write_text('{"pad_token": {"x": 1}}'),
         "special_tokens_map.json: x: is not taken here of a token; remove it",
     ),
+    "an end of answers past the embedding": (
+        lambda f: edit(f / "generation_config.json", eos_token_id=[2039, 5_000]),
+        "tokenizer: token id 5000, but the embedding has 2048 rows",
+    ),
     "a special token past the embedding": (
         lambda f: edit(f / "tokenizer_config.json", additional_special_tokens=["<|beyond|>"]),
         "tokenizer: token id 2048, but the embedding has 2048 rows",
