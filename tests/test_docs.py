@@ -23,6 +23,7 @@ DOCUMENTS = [
     "adapters/README.md",
     "docs/coming-from.md",
     "docs/compatibility.md",
+    "docs/real-run.md",
     "docs/serving.md",
     "docs/several-macs.md",
     "docs/troubles.md",
