@@ -35,13 +35,16 @@ benchmark.
 | `… --model FOLDER --against mlx-lm peft` | the same on a model's weights, and PEFT on torch |
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
-| `python benchmarks/chaos.py` | what being killed costs a run, against mlx-lm, and a conversion |
+| `python benchmarks/chaos.py` | what kills, signals, disks, damage and clocks do to a run |
+| `python benchmarks/fuzz.py` | what mutants of strangers' files do to the commands |
 | `python benchmarks/ranks.py` | what several ranks cost, and whether their sum is exact |
 | `… --kills 10` | the same run by several ranks, killed again and again |
 | `mlx.launch … mlx-tune bench --ranks` | how fast machines add up their gradients |
 
 Variants run in turns (A B A B …), so that whatever else the machine does hits all of them. A
 figure is the median with the lowest and highest in parentheses; a ratio is taken turn by turn.
+`chaos` and `fuzz` are recorded part by part (`--part`, `--kind`): date and command are the last
+one's. `survived` and `same_result` are shares: 1 is all.
 Figures of one machine at one time say little about another: the ratios carry over.
 On Linux, MLX's CPU backend needs OpenBLAS for matrix products worth measuring: the scripts
 preload it where it is installed, and `mlx-tune doctor` says how to.

@@ -172,6 +172,14 @@ def test_an_array_that_is_cut_short_is_refused_at_its_last_row(tmp_path):
     assert refused(write(tmp_path, content, "rows.json")).startswith(":3: the array is not closed")
 
 
+def test_a_number_of_any_length_is_left_to_whoever_reads_its_row(tmp_path):
+    """Here in an array that is broken later, which Python's parser is to find."""
+    digits = "1" * 5_000
+    content = f'[{{"text": "a", "x": {digits}}},\n{{"text": NaN}},\n]'
+    path = write(tmp_path, content, "rows.json")
+    assert refused(path) == ":3: column 1: a trailing comma before ]; remove it"
+
+
 def test_text_after_an_array_is_refused(tmp_path):
     assert refused(write(tmp_path, "[1]\n\n[2]\n")).startswith(
         ":3: more text after the array's end"

@@ -37,6 +37,8 @@ class Spread:
         return Spread(self.median / other.median, *bounds, repeats)
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.4g}"
         return f"{self.median:.4g} ({self.low:.4g} … {self.high:.4g})"
 
 

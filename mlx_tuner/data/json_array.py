@@ -52,7 +52,7 @@ def _carefully(path: Path, content: bytes, start: int) -> Iterator[Element]:
             line = content.count(b"\n", 0, error.start) + 1
             what = f"not UTF-8 (0x{content[error.start]:02x}); save the file as UTF-8"
             raise DataError(Fault(f"{path}:{line}", f"byte {error.start + 1}", what)) from None
-    parse = json.JSONDecoder().raw_decode
+    parse = json.JSONDecoder(parse_int=str).raw_decode  # of any length: its row is refused for it
     end = text.index("[") + 1
     offset, passed = start, 0
     while True:
