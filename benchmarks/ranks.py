@@ -1,21 +1,22 @@
 """Several ranks on this machine: what adding up costs, whether it is exact, and what kills cost.
 
     python benchmarks/ranks.py                 # cost and gradient: 2 ranks, the 0.5B shape
-    python benchmarks/ranks.py --kills 10      # a run of 2 ranks, killed and resumed by 1 to 3
+    python benchmarks/ranks.py --kills 10      # a run of 2 ranks, killed and resumed
 
 `together` and `apart` are the same rows of the same shares: with the sum over the ranks, and
 without, as processes that know nothing of each other. Either ends when both processes are done.
 `gradient_error` is relative, of the ranks' sum against one process that computes all rows.
 
-A kill hits the training process or the supervisor of any rank, at any time from its start; then all
+A kill hits the training process or the supervisor of any rank, at its start or any step; then all
 processes must end by themselves, and rank 0 (or, where it was killed, another) name the one that
-was hit. The run goes on with `--resume` and as many ranks as are drawn. `adapter_error` is that of
-the last adapter against a run of one process that nobody disturbed, relative.
+was hit. The run goes on with `--resume` and 2 or 3 ranks, in the end with one. `adapter_error` is
+that of the last adapter against a run of one process that nobody disturbed, relative.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -43,8 +44,12 @@ RECIPE = (
     str(ROOT / "recipes" / "quickstart.toml"),
     *("--set", "train.epochs=12", "--set", "train.save_every=2", "--set", "train.eval_every=10"),
 )
-START_SECONDS = 15.0
-"""About what three ranks take to their first step here; kills are drawn from this and as much."""
+START_SECONDS = 8.0
+"""About what three ranks take to their first step here."""
+AT_THE_START = 0.3
+"""Share of the kills that are drawn from this time; the others are at some step."""
+MOST_STEPS = 14
+"""Between a start and a kill: ten of them are less than the run."""
 
 
 def costs(args: Any) -> None:
@@ -125,7 +130,12 @@ class Launched:
         self.folder = folder
         self.processes = [
             subprocess.Popen(
-                [*command, *more], env=one_core(place), stderr=subprocess.PIPE, text=True, cwd=ROOT
+                [*command, *more],
+                env=one_core(place),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
             )
             for place in (environments(folder.parent, ranks) if ranks > 1 else [dict(os.environ)])
         ]
@@ -163,37 +173,43 @@ def kills(args: Any) -> None:
             print(turns[-1], file=sys.stderr, flush=True)
             again = checkpoints.newest(folder)[0] is not None
             more = "--resume" if again else "--overwrite"
-            launched = Launched(folder, draw.choice([1, 2, 3]), more)
+            launched = Launched(
+                folder, draw.choice([2, 3] if number + 1 < args.kills else [1]), more
+            )
         went_on = launched.end()[1] == [0] * launched.ranks
         error = difference(folder, undisturbed)
     for turn in turns:
         turn.update(went_on=float(went_on), adapter_error=error)
     print(table({"killed": turns}))
-    settings = {"kills": args.kills, "seed": args.seed, "ranks": "1 to 3"}
+    settings = {"kills": args.kills, "seed": args.seed, "ranks": "2 or 3, then 1"}
     print(save(args.name or "ranks-kills", {"killed": turns}, settings=settings))
 
 
 def kill(launched: Launched, draw: random.Random, number: int) -> dict[str, float]:
     """Kill a process of a rank at some moment, and see all of them end."""
-    rank = draw.randrange(launched.ranks)
-    # A process alone would be started again by its supervisor.
-    supervisor = launched.ranks == 1 or bool(draw.getrandbits(1))
-    until = time.monotonic() + draw.uniform(1, 2 * START_SECONDS)
-    while time.monotonic() < until and all(p.poll() is None for p in launched.processes):
-        time.sleep(0.01)
+    rank, supervisor = draw.randrange(launched.ranks), bool(draw.getrandbits(1))
+    if draw.random() < AT_THE_START:
+        until, target = time.monotonic() + draw.uniform(0.5, START_SECONDS), math.inf
+    else:
+        until, target = math.inf, newest_step(launched.folder) + draw.randint(1, MOST_STEPS)
+    while time.monotonic() < until and newest_step(launched.folder) < target:
+        if launched.processes[0].poll() is not None:
+            break
+        time.sleep(0.005)
     steps = newest_step(launched.folder)
     children = launched.children()
     victim = launched.processes[rank].pid if supervisor else children[rank]
     if victim is not None and launched.processes[rank].poll() is None:
         os.kill(victim, signal.SIGKILL)
     seconds, codes, said = launched.end()
+    time.sleep(1)  # a child notices its parent's end
     orphans = sum(is_alive(child) for child in children if child)
     what = "supervisor" if supervisor else "training"
     print(f"{number}: rank {rank} {what} after step {steps}: {codes}", file=sys.stderr)
     return {
         "end_seconds": seconds,
         "all_ended": float(seconds < PATIENCE_SECONDS and 0 not in codes and not orphans),
-        "named": float(launched.ranks == 1 or f"(rank {rank})" in said),
+        "named": float(f"(rank {rank})" in said),
     }
 
 

@@ -161,6 +161,7 @@ def test_a_supervisor_that_is_killed_ends_all_of_them(tmp_path: Path, rank: int)
     assert all(state(pid) in ("", "Z") for pid in children)
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_starts_is_told_of(tmp_path: Path) -> None:
     processes = start(tmp_path, TRAIN)
     processes[2].kill()
