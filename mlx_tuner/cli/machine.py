@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from mlx_tuner.cli.options import example, json_option
+from mlx_tuner.cli.options import example, json_option, link_option
 from mlx_tuner.errors import UsageError
 from mlx_tuner.show.terminal import console
 from mlx_tuner.system import launch
@@ -80,13 +80,7 @@ def _self_test(report: Path | None, as_json: bool) -> None:
 @click.option("--against", metavar="mlx-lm|FILE.json", help="Compare with its trainer, or earlier.")
 @click.option("--sweep", is_flag=True, help="Try rows a step, tokens a row and quantisation.")
 @click.option("--ranks", is_flag=True, help="Under mlx.launch: time a sum over all machines.")
-@click.option(
-    "--link",
-    default="thunderbolt",
-    show_default=True,
-    type=click.Choice(["thunderbolt", "ethernet"]),
-    help="Between the machines of --ranks.",
-)
+@link_option
 @click.option("--name", help="Of the result file; default: by chip and model.")
 @click.option("--markdown", is_flag=True, help="Print a row for the README's table.")
 @json_option

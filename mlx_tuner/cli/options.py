@@ -50,3 +50,12 @@ def quantize_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Weights that share a scale when quantised.",
     )
     return bits(group_size(command))
+
+
+link_option = click.option(
+    "--link",
+    default="thunderbolt",
+    show_default=True,
+    type=click.Choice(["thunderbolt", "ethernet"]),
+    help="Between the machines of --machines or --ranks.",
+)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_tuner.cli.faults import print_faults
-from mlx_tuner.cli.options import example, json_option, recipe_options, set_option
+from mlx_tuner.cli.options import example, json_option, link_option, recipe_options, set_option
 from mlx_tuner.errors import EverywhereError, RunStopped, TunerError, UsageError
 from mlx_tuner.runs import peers, place, pulse
 from mlx_tuner.runs.supervisor import supervise
@@ -190,13 +190,7 @@ def init(name: str, output: Path) -> None:
     type=click.IntRange(min=1),
     help="How many like this one share the steps (docs/several-macs.md).",
 )
-@click.option(
-    "--link",
-    default="thunderbolt",
-    show_default=True,
-    type=click.Choice(["thunderbolt", "ethernet"]),
-    help="Between the machines.",
-)
+@link_option
 @json_option
 def plan(
     recipe: Path,
