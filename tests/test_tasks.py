@@ -30,6 +30,7 @@ ADD = Task(
         ),
         ("```python\ndef add(a, b):\n    return a + b", "passed"),  # never closed
         ("def add(a, b):\n    return b + a", "passed"),
+        ("def add(a, b):\n    return b + a\n\nassert add(1, 1) == 3\nassert add(1,", "passed"),
         ("    return a - b\n", "failed"),
         ("    return a + c\n", "raised"),
         ("    return a +\n", "no Python"),

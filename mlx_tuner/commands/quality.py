@@ -40,11 +40,12 @@ def is_python(answer: str) -> bool:
     fenced = code_blocks(answer)
     if any(language.lower() not in _PYTHON for language, _ in fenced):
         return False
-    trees = [_parsed(block) for block in ([code for _, code in fenced] or [answer])]
+    trees = [parsed(block) for block in ([code for _, code in fenced] or [answer])]
     return None not in trees and any(_does_something(tree) for tree in trees if tree)
 
 
-def _parsed(code: str) -> ast.Module | None:
+def parsed(code: str) -> ast.Module | None:
+    """Its syntax tree, if it is Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as of "\d" in a string

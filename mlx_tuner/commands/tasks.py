@@ -7,6 +7,7 @@ ends it (Liu et al. 2023, arXiv:2305.01210), so that figures can be set beside p
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_tuner.commands import task_guard
-from mlx_tuner.commands.quality import code_blocks
+from mlx_tuner.commands.quality import code_blocks, parsed
 from mlx_tuner.errors import DataError, Fault
 
 SECONDS = 10
@@ -79,11 +80,22 @@ class Task:
         code = blocks[0]
         if defines in code:
             # What the prompt defines before the function may be left out of the answer.
-            code = f"{self.prompt}\n    pass\n\n{code}"
+            code = f"{self.prompt}\n    pass\n\n{_definitions(code)}"
         else:
             ends = [at for end in _AFTER if (at := code.find(end)) >= 0]
             code = self.prompt + code[: min(ends, default=None)]
         return f"{code}\n\n{self.test}\n\ncheck({self.entry_point})\n"
+
+
+def _definitions(code: str) -> str:
+    """What a program imports and defines: its own tests are left out, and an end that was cut."""
+    lines = code.splitlines()
+    while lines and (tree := parsed("\n".join(lines))) is None:
+        lines.pop()
+    if not lines or tree is None:
+        return code
+    tree.body = [each for each in tree.body if not isinstance(each, ast.Expr | ast.Assert)]
+    return ast.unparse(tree)
 
 
 def read_tasks(path: Path, limit: int | None = None) -> list[Task]:

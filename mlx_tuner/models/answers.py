@@ -14,7 +14,7 @@ from mlx_tuner.errors import Fault, ModelError, first_line
 
 Message = dict[str, Any]
 
-SIDE_BY_SIDE = 32
+SIDE_BY_SIDE = 64
 """Answers that are made at once: each has keys and values of its own in memory."""
 _TAIL = 12
 """Tokens at an answer's end, in which an end that has just been said begins."""
