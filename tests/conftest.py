@@ -1,6 +1,7 @@
 """Fixtures that every test module shares, and what `make quick` leaves out."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from fake_hub import hub_of_none  # noqa: F401, a fixture
 ROOT = Path(__file__).resolve().parent.parent
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+# A job in the background has these ignored, and so would have all that tests start and signal.
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, default)
 # Tests have a Hub of their own; huggingface-hub reads this once, when it is imported.
 os.environ.pop("HF_HUB_OFFLINE", None)
 
