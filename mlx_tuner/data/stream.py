@@ -9,7 +9,7 @@ from typing import Protocol
 
 from mlx_tuner.engine.batching import Example
 
-WINDOW_ROWS = 256
+WINDOW_ROWS = 512
 """Rows that are encoded at once: enough to keep all cores busy."""
 
 _WINDOWS_AHEAD = 2
