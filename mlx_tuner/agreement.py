@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -31,7 +30,7 @@ def require_one_run(ranks: Ranks, same: Identity) -> None:
     Raises:
         EverywhereError: what differs from rank 0, and on which host.
     """
-    first, *others = map(json.loads, ranks.gather(json.dumps(_facts(same)).encode()))
+    first, *others = _of_each(ranks, _facts(same))
     faults = [
         Fault(
             f"{other['host']} (rank {rank})",
@@ -67,9 +66,15 @@ def _shown(value: object) -> str:
     return repr(value)[:40]
 
 
+def _of_each(ranks: Ranks, value: Any) -> list[Any]:
+    """What each rank gives, which JSON can hold, in their order."""
+    return [json.loads(each) for each in ranks.gather(json.dumps(value).encode())]
+
+
 def from_first(ranks: Ranks, value: Plain) -> Plain:
     """Rank 0's value, which JSON can hold; the other ranks' are not looked at."""
-    return json.loads(ranks.gather(json.dumps(value).encode() if ranks.leads else b"")[0])
+    first: Plain = _of_each(ranks, value if ranks.leads else None)[0]
+    return first
 
 
 def speeds(ranks: Ranks, seconds: float) -> list[float]:
@@ -77,7 +82,7 @@ def speeds(ranks: Ranks, seconds: float) -> list[float]:
 
     Machines alike have one speed, so that their shares are equal, and the same after a restart.
     """
-    taken = [float(each) for each in ranks.gather(repr(seconds).encode())]
+    taken = _of_each(ranks, seconds)
     return [1.0 if each <= _ALIKE * min(taken) else min(taken) / each for each in taken]
 
 
@@ -92,10 +97,7 @@ def require_one_state(ranks: Ranks, state: State, step: int) -> None:
     digest = hashlib.blake2b(digest_size=16)
     for array in state:
         digest.update(np.array(array).data)
-    own = {"host": launch.host(), "digest": digest.hexdigest()}
-    found: Sequence[Mapping[str, str]] = [
-        json.loads(each) for each in ranks.gather(json.dumps(own).encode())
-    ]
+    found = _of_each(ranks, {"host": launch.host(), "digest": digest.hexdigest()})
     for rank, each in enumerate(found):
         if each["digest"] != found[0]["digest"]:
             what = (
@@ -106,5 +108,5 @@ def require_one_state(ranks: Ranks, state: State, step: int) -> None:
 
 
 def largest(ranks: Ranks, number: int) -> int:
-    """The largest of the ranks' numbers, 0 … 255."""
-    return max(each[0] for each in ranks.gather(bytes([number])))
+    """The largest of the ranks' numbers."""
+    return max(_of_each(ranks, number))

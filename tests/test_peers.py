@@ -11,24 +11,15 @@ from pathlib import Path
 
 import pytest
 from launched import environments
-from test_supervisor import state, wait_for
+from test_supervisor import parent, state, wait_for
 
 from mlx_tuner.errors import UsageError
 from mlx_tuner.system.launch import Launch, host, launched
 
-PARENT = """
-import sys
-from mlx_tuner import cli
-from mlx_tuner.runs import peers, supervisor
-supervisor._CHILD = "exec(open('child.py').read())"
+PARENT = parent("""
 supervisor.TICK, supervisor.PATIENCE_OF_RANKS = 0.5, 1.0
 peers.BEAT, peers.SILENCE, peers.ARRIVAL, peers.GRACE = 0.1, 2.0, 3.0, 1.0
-try:
-    cli.main(["run", "mine.toml", *sys.argv[1:]])
-finally:
-    loaded = {name.partition(".")[0] for name in sys.modules}
-    assert not loaded & {"mlx", "numpy", "pydantic", "rich", "transformers"}, loaded
-"""
+""")
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path

@@ -13,19 +13,27 @@ import pytest
 
 from mlx_tuner.runs import causes, place
 
-PARENT = """
+
+def parent(settings: str) -> str:
+    """A program that runs `mlx-tune run mine.toml`, whose child is child.py."""
+    return f"""
 import sys
 from mlx_tuner import cli
-from mlx_tuner.runs import supervisor
+from mlx_tuner.runs import peers, supervisor
 supervisor._CHILD = "exec(open('child.py').read())"
-supervisor.DELAYS = (0.01, 0.01, 0.01)
-supervisor.TICK, supervisor.PATIENCE = 0.05, 0.5
+{settings}
 try:
     cli.main(["run", "mine.toml", *sys.argv[1:]])
 finally:
-    loaded = {name.partition(".")[0] for name in sys.modules}
-    assert not loaded & {"mlx", "numpy", "pydantic", "rich", "transformers"}, loaded
+    loaded = {{name.partition(".")[0] for name in sys.modules}}
+    assert not loaded & {{"mlx", "numpy", "pydantic", "rich", "transformers"}}, loaded
 """
+
+
+PARENT = parent("""
+supervisor.DELAYS = (0.01, 0.01, 0.01)
+supervisor.TICK, supervisor.PATIENCE = 0.05, 0.5
+""")
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path

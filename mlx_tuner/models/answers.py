@@ -92,7 +92,8 @@ def answer_all(
             uid, ids = response.uid, made[response.uid]
             if response.finish_reason != "stop":  # the token that ends an answer is not of it
                 ids.append(response.token)
-            if any(end in tokenizer.decode(ids[-_TAIL:]) for end in ends):
+            tail = tokenizer.decode(ids[-_TAIL:]) if ends else ""
+            if any(end in tail for end in ends):
                 text = tokenizer.decode(ids)
                 if found := [text.index(end) for end in ends if end in text]:
                     cut[uid] = text[: min(found)]
