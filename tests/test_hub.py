@@ -59,10 +59,12 @@ def test_a_model_arrives_with_its_known_files_and_without_its_code(fake):
     assert folder.name == COMMIT
 
 
-def test_a_second_start_downloads_nothing(fake):
+def test_a_second_start_downloads_nothing_and_shows_no_bar(fake, capfd):
     hub.download_model("qwen/tiny")
+    capfd.readouterr()
     assert hub.download_model("qwen/tiny", "main").name == COMMIT
     assert fake.downloads("model.safetensors") == 1
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_cache_serves_where_the_hub_is_out_of_reach(fake, monkeypatch):

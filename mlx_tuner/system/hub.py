@@ -151,10 +151,13 @@ def _cached(name: str, kind: str, revision: str | None) -> Path:
 
 def _fetched(name: str, kind: str, revision: str | None, info: Any, files: list[Any]) -> Path:
     """The cache's folder with `files` in it, each downloaded a second time if it came damaged."""
-    fresh = not all(
+    # Hashing takes seconds a model, so only what may not have been hashed before is: a download
+    # that was interrupted leaves a file missing, and then all of them are looked at.
+    if all(
         isinstance(try_to_load_from_cache(name, f.rfilename, None, info.sha, kind), str)
         for f in files
-    )
+    ):
+        return _cached(name, kind, info.sha)
     patterns = [glob.escape(f.rfilename) for f in files]
     download = partial(
         snapshot_download, name, repo_type=kind, revision=revision, allow_patterns=patterns
@@ -167,11 +170,9 @@ def _fetched(name: str, kind: str, revision: str | None, info: Any, files: list[
         folder = Path(download())
     if folder.name != info.sha:
         raise OSError("it changed during the download")
-    # Hashing takes seconds a model, so only what may not have been hashed before is: a download
-    # that was interrupted leaves a file missing, and then all of them are looked at.
-    for file in _damaged(name, kind, info.sha) if fresh else []:
+    for file in _damaged(name, kind, info.sha):
         hf_hub_download(name, file, repo_type=kind, revision=info.sha, force_download=True)
-    for file in _damaged(name, kind, info.sha) if fresh else []:
+    for file in _damaged(name, kind, info.sha):
         (folder / file).unlink()  # so that the next start downloads it again
         raise OSError(f"{file} arrived damaged twice")
     return folder
