@@ -26,8 +26,9 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model")
     parser.add_argument("--tasks", type=Path, required=True, help="a file in HumanEval's format")
     parser.add_argument("--runs", nargs="*", type=Path, help="run folders, all of one base")
+    parser.add_argument("--data", type=Path, help="rows that all runs held out")
     parser.add_argument("--limit", type=int, help="the first tasks only")
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--one", type=int, help="answer so many at once, here")
     args = parser.parse_args()
     if args.one:
@@ -81,6 +82,7 @@ def programs(args: Any) -> dict[str, list[dict[str, float]]]:
     for run in args.runs:
         words = ["eval", str(run), "--tasks", str(args.tasks), "--allow-code-execution", "--json"]
         words += ["--samples", "0", "--max-tokens", str(args.max_tokens)]
+        words += ["--data", str(args.data)] if args.data else []
         words += ["--limit", str(args.limit)] if args.limit else []
         start = time.perf_counter()
         done = subprocess.run(

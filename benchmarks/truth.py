@@ -1,6 +1,7 @@
 """Our steps against those of transformers' Trainer with PEFT, on real weights in fp32.
 
     python benchmarks/truth.py --model FOLDER     # 8 steps of 4 CodeAlpaca rows
+    python benchmarks/truth.py --model FOLDER --logits    # of texts, against transformers
 
 Both begin with the adapter that PEFT initialises and see the same tokens. What is shown are the
 largest relative differences of a step's loss and gradient norm; and of the first step's, which is
@@ -10,32 +11,51 @@ computed in float64 as well, those to the truth. Needs torch, transformers, peft
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from harness import child, options, preload_openblas, report, save, table
+import numpy as np
+from harness import ROOT, child, options, preload_openblas, report, save, table
 from training import LEARNING_RATE, RANK, SCALE, TARGETS, load_rows
 
 STEPS, ROWS = 8, 4
+TEXTS = (ROOT / "README.md", Path(textwrap.__file__))
+TEXT_TOKENS = 512
 
 
 def main() -> None:
     preload_openblas()
     parser = options(__doc__)
     parser.add_argument("--model", required=True, help="folder of a Qwen2 model")
-    parser.add_argument("--one", choices=["peft", "float64", "ours"], help="run one, here")
+    parser.add_argument("--logits", action="store_true", help="compare logits, not steps")
+    parser.add_argument("--one", choices=TRAINERS, help="run one, here")
     parser.add_argument("--folder", help="where the children keep the adapter")
     args = parser.parse_args()
     if args.one:
-        steps = {"peft": trainer_and_peft, "float64": in_float64, "ours": ours}[args.one](args)
+        if args.logits:
+            np.save(Path(args.folder) / args.one, LOGITS[args.one](args))
+            report()
+            return
+        steps = TRAINERS[args.one](args)
         report(**{f"{key}_{i}": step[key] for i, step in enumerate(steps) for key in step})
         return
 
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            name: child("--one", name, "--model", args.model, "--folder", folder)()
-            for name in ("peft", "float64", "ours")
+        words = ["--model", args.model, "--folder", folder, *(["--logits"] if args.logits else [])]
+        found = {name: child("--one", name, *words)() for name in TRAINERS}
+        if args.logits:
+            logits = {name: np.load(Path(folder) / f"{name}.npy") for name in LOGITS}
+    if args.logits:
+        runs = {
+            "ours against transformers": [apart(logits["ours"], logits["peft"])],
+            "ours against float64": [apart(logits["ours"], logits["float64"])],
+            "transformers against float64": [apart(logits["peft"], logits["float64"])],
         }
+        print(table(runs))
+        settings = {"model": Path(args.model).name, "texts": len(TEXTS), "tokens": TEXT_TOKENS}
+        print(save(args.name or "truth-logits", runs, settings=settings))
+        return
     runs = {
         "ours against PEFT": [differences(found["ours"], found["peft"], STEPS)],
         "ours against float64": [differences(found["ours"], found["float64"], 1)],
@@ -52,6 +72,12 @@ def differences(one: Any, other: Any, steps: int) -> dict[str, float]:
         key: max(abs(one[f"{key}_{i}"] / other[f"{key}_{i}"] - 1) for i in range(steps))
         for key in ("loss", "grad_norm")
     }
+
+
+def apart(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """The largest difference of log probabilities, and where the likeliest token is the same."""
+    same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+    return {"log_probability": float(abs(ours - theirs).max()), "same_token": float(same)}
 
 
 def batches() -> list[list[Any]]:
@@ -162,6 +188,58 @@ def ours(args: Any) -> list[dict[str, float]]:
     results = train(trainer, batches(), [LEARNING_RATE] * STEPS)
     return [{"loss": result.loss, "grad_norm": result.grad_norm} for result in results]
 
+
+def texts(args: Any) -> list[list[int]]:
+    """The first tokens of each text."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    return [tokenizer(path.read_text("utf-8")).input_ids[:TEXT_TOKENS] for path in TEXTS]
+
+
+def logits_of_transformers(args: Any, dtype: str) -> np.ndarray:
+    """Log probabilities after each token of the texts (tokens, V)."""
+    import torch
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(args.model, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([tokens])).logits[0] for tokens in texts(args)]
+        return torch.cat(logits).double().log_softmax(-1).numpy()
+
+
+def our_logits(args: Any) -> np.ndarray:
+    """The same by the forward pass that trains, all texts in one micro-batch."""
+    import mlx.core as mx
+
+    from mlx_tuner.engine import batching
+    from mlx_tuner.engine.batching import Example
+    from mlx_tuner.engine.forward import Layout, head_of, hidden_at_targets
+    from mlx_tuner.models import model
+
+    loaded = model.load(Path(args.model)).model
+    loaded.set_dtype(mx.float32)
+    # A last token more, so that each one of the text has a target.
+    rows = [
+        Example(np.array([*tokens, 0], np.int32), np.arange(len(tokens) + 1) > 0, i)
+        for i, tokens in enumerate(texts(args))
+    ]
+    (batch,) = batching.make_micro_batches(rows, 2048, share_prefix=False).micro_batches
+    hidden, _ = hidden_at_targets(loaded, Layout.of(batch))
+    logits = np.array(head_of(loaded).as_linear(hidden), np.float64)
+    order = np.lexsort((batch.positions[batch.sources], batch.rows[batch.sources]))
+    logits = logits[order]
+    largest = logits.max(-1, keepdims=True)
+    return logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+
+
+TRAINERS = {"peft": trainer_and_peft, "float64": in_float64, "ours": ours}
+LOGITS = {
+    "peft": lambda args: logits_of_transformers(args, "float32"),
+    "float64": lambda args: logits_of_transformers(args, "float64"),
+    "ours": our_logits,
+}
 
 if __name__ == "__main__":
     main()
