@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_hub import hub_of_none  # noqa: F401, a fixture
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,10 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 from shared import is_real  # noqa: E402
 from shared import shared as shared_folder  # noqa: E402
+
+# On a busy machine any example can take longer than hypothesis's 200 ms.
+settings.register_profile("patient", settings.default, deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

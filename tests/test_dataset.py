@@ -314,9 +314,7 @@ def test_an_interrupted_run_streams_the_rows_of_an_uninterrupted_one(tmp_path, t
     assert [sorted(whole[i : i + 23]) for i in (0, 23, 46)] == [every_line] * 3
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     old=st.lists(st.integers(0, 30), min_size=12, max_size=40),
     new=st.lists(st.integers(0, 60), max_size=20),

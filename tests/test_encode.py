@@ -265,9 +265,7 @@ TEXT = st.text(
 ).filter(lambda text: not re.search(r"<\|(?!fim_|repo_|file_)\w+\|>", text))
 
 
-@settings(
-    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), st.none() | TEXT)
 def test_ids_and_mask_equal_transformers_on_any_text(
     qwen: Any, tagged: Any, turns: list[tuple[str, str]], system: str | None

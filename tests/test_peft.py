@@ -149,7 +149,7 @@ def test_exporting_and_importing_gives_the_adapter_bit_for_bit(base, tmp_path, s
     assert replace(read, tensors={}, folder=None) == replace(adapter, tensors={})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scale=st.floats(1e-3, 1e3).filter(lambda x: x != 1),
     values=st.lists(st.floats(-100, 100, width=32), min_size=8, max_size=8),

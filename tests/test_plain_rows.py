@@ -57,7 +57,7 @@ def rows(draw: st.DrawFn) -> bytes:
     return raw
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows())
 @example(b'{"instruction": "a", "output": "b", "output": "c"}')
 @example(b'{"instruction": "a", "output": "b", "id": "\\udc00"}')

@@ -86,7 +86,7 @@ def test_line_separators_of_unicode_do_not_end_a_row(tmp_path):
     assert open_rows(write(tmp_path, b"1" + content + b"\n2\n"))[0] == b"1" + content
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     lines=st.lists(st.text('ab{}[]",\\ \t\r\u2028', max_size=9), max_size=12),
     block=st.integers(1, 40),
@@ -123,7 +123,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     values=st.lists(JSON_VALUES, min_size=1, max_size=6),
     block=st.integers(1, 60),

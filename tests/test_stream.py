@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_tuner.data.stream import prefetch
@@ -50,7 +50,6 @@ def wait_until(condition) -> None:
     assert condition()
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(st.lists(st.integers(0, 1000), max_size=9), max_size=30),
     window=st.integers(1, 40),

@@ -278,16 +278,16 @@ def test_the_parent_takes_little_memory_and_hardly_any_time(tmp_path) -> None:
     wait_for(tmp_path / "ready")
     time.sleep(0.2)
 
-    def seconds() -> float:
+    def hundredths() -> int:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return int(fields[11]) + int(fields[12])
 
     status = Path(f"/proc/{process.pid}/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    before = seconds()
+    before = hundredths()
     time.sleep(1)
     assert int(peak.split()[1]) < 30_000
-    assert seconds() - before <= 0.02  # at fifty steps a second
+    assert hundredths() - before <= 2  # at fifty steps a second
     assert process.communicate(timeout=PATIENCE_SECONDS) == (None, "")
 
 

@@ -113,7 +113,7 @@ def test_a_row_that_starts_another_is_exact():
     mask_prompt=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_no_cut_into_micro_batches_changes_the_gradient(
     lengths, prefix, micro_batch_tokens, mask_prompt, seed
 ):
