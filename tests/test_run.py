@@ -397,12 +397,12 @@ resume = (path / "checkpoints").exists()
 run = Run(path, resume=resume, overwrite=not resume)
 step = run.checkpoint.step if resume else 0
 run.go_on("recipe") if resume else run.begin("recipe")
-print("started", flush=True)
 while True:
     step += 1
     run.append(EvalRecord(step=step, epoch=0.5, val_loss=1.0))
     run.save_checkpoint(step, write, {})
     run.publish(write)
+    print("published", flush=True)
 """
 
 
