@@ -1,10 +1,10 @@
 """Fixtures that every test module shares, and what `make quick` leaves out."""
 
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_hub import hub_of_none  # noqa: F401, a fixture
@@ -23,9 +23,6 @@ for number, default in (
 # Tests have a Hub of their own; huggingface-hub reads this once, when it is imported.
 os.environ.pop("HF_HUB_OFFLINE", None)
 
-from shared import is_real  # noqa: E402
-from shared import shared as shared_folder  # noqa: E402
-
 # On a busy machine any example can take longer than hypothesis's 200 ms.
 settings.register_profile("patient", settings.default, deadline=None)
 settings.load_profile("patient")
@@ -38,18 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick"):
         config.option.markexpr = "not slow"
-        pytest.importorskip = without_torch(pytest.importorskip)
+        sys.modules.update(torch=None, peft=None)  # as where they are not installed
+        settings.register_profile("quick", settings.default, max_examples=25)
+        settings.load_profile("quick")
 
 
-def without_torch(real: Any) -> Any:
-    """`pytest.importorskip`, for which torch is not installed."""
-
-    def importorskip(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] in ("torch", "peft"):
-            pytest.skip(f"--quick leaves out {name}", allow_module_level=True)
-        return real(name, *args, **kwargs)
-
-    return importorskip
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays; tests that collect garbage need not search it
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +53,16 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real rows, the real Qwen2.5 tokenizer and real model shapes, or their stand-ins."""
-    return shared_folder()
+    from shared import shared as folder  # which loads MLX: not where tests are only handed out
+
+    return folder()
 
 
 @pytest.fixture(scope="session")
 def real_shared(shared: Path) -> Path:
     """The same, for a test whose truth is about the real ones; skipped without."""
+    from shared import is_real
+
     if not is_real():
         pytest.skip("needs ../shared (real rows and the real tokenizer), which is absent")
     return shared

@@ -23,6 +23,7 @@ def finished(tmp_path_factory):
     return mlx_tuner.finetune(recipe, tmp_path_factory.mktemp("runs") / "mine")
 
 
+@pytest.mark.slow
 def test_importing_loads_no_mlx_until_a_function_is_asked_for() -> None:
     code = (
         "import mlx_tuner, sys\n"
@@ -47,6 +48,7 @@ def test_a_run_gives_the_numbers_of_its_summary_and_its_path(finished, capfd) ->
     assert (finished.steps, finished.rank) == (2, 2)
 
 
+@pytest.mark.slow
 def test_nothing_is_shown_unless_it_is_asked_for(tmp_path: Path, capfd) -> None:
     recipe = mlx_tuner.load_recipe("quickstart", overrides=STEPS)
     mlx_tuner.finetune(recipe, tmp_path / "quiet")

@@ -47,6 +47,7 @@ def tree(module: str) -> ast.Module:
     return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
 
 
+@cache
 def imported(module: str) -> set[str]:
     """Full names of what a module imports anywhere, such as "mlx_tuner.errors" or "mlx.core"."""
     names = set()
@@ -82,13 +83,16 @@ def importers(package: str) -> set[str]:
     return {module for module in MODULES if package in packages_of(module)}
 
 
-def calls(module: str) -> Iterator[tuple[str, ast.Call, ast.AST]]:
+@cache
+def calls(module: str) -> list[tuple[str, ast.Call, ast.AST]]:
     """Each call of a module: its dotted name, itself, and the function around it."""
-    for function in ast.walk(tree(module)):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
-            for node in own_nodes(function):
-                if isinstance(node, ast.Call):
-                    yield ast.unparse(node.func), node, function
+    return [
+        (ast.unparse(node.func), node, function)
+        for function in ast.walk(tree(module))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module)
+        for node in own_nodes(function)
+        if isinstance(node, ast.Call)
+    ]
 
 
 def own_nodes(function: ast.AST) -> Iterator[ast.AST]:

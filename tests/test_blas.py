@@ -70,6 +70,7 @@ def test_preloading_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert blas.environment(environ, FakeLinux({path: ""})) == environ
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not blas.find().available, reason="no OpenBLAS is installed here")
 def test_a_command_that_computes_starts_itself_again_with_openblas() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}

@@ -14,6 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_tuner.cli import main
+from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.show.progress import Display
+from mlx_tuner.training import finetune
 
 PROMPT = "Write a Python function `twice` that doubles a number."
 
@@ -82,26 +85,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """A small run, and what its process left on streams that know only ASCII."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "rows.jsonl").write_text(ROWS)
     (folder / "small.toml").write_text(RECIPE)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_tuner", "run", "small.toml"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env={
-            **os.environ,
-            "LC_ALL": "C",
-            "PYTHONUTF8": "0",
-            "PYTHONCOERCECLOCALE": "0",
-            "PYTHONIOENCODING": "ascii",
-        },
-    )
-    return folder / "adapters" / "small", Done(done.returncode, done.stdout, done.stderr)
+    run = folder / "adapters" / "small"
+    with Display() as display:
+        finetune(load_recipe(folder / "small.toml"), run, display)
+    return run
 
 
 # ---- a wrong command line or recipe: 2 ---------------------------------------------------------
@@ -164,21 +156,21 @@ def test_resume_and_overwrite_exclude_each_other(mlx_tune: Here, folder: Path) -
 
 
 def test_a_run_is_not_replaced_without_being_asked(
-    mlx_tune: Here, finished: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
+    mlx_tune: Here, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = finished
-    monkeypatch.chdir(run.parent.parent)
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*")}
+    monkeypatch.chdir(finished.parent.parent)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")}
     lines = mlx_tune.refused(2, "run", "small.toml")
     assert lines[-1].startswith("mlx-tune: error: adapters/small: ")
     assert "--resume" in lines[-1]
     assert "--overwrite" in lines[-1]
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*")} == before
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")} == before
 
 
 # ---- wrong data or model: 1 --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_rows_are_told_with_their_lines_and_leave_no_run(mlx_tune: Here, folder: Path) -> None:
     (folder / "rows.jsonl").write_text(ROWS + '{"instruction": "no answer"}\nnot json\n')
     lines = mlx_tune.refused(1, "run", "small.toml")
@@ -226,6 +218,7 @@ def test_a_chat_template_that_cannot_ask_is_an_error(
 # ---- what goes where ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_json_prints_the_summary_and_nothing_else_on_stdout(
     mlx_tune: Here, folder: Path
 ) -> None:
@@ -234,15 +227,26 @@ def test_run_json_prints_the_summary_and_nothing_else_on_stdout(
     assert json.loads(done.stdout) == json.loads(Path("adapters/small/summary.json").read_text())
 
 
-def test_without_a_terminal_progress_is_plain_lines_on_stderr(finished: tuple[Path, Done]) -> None:
-    _, done = finished
+@pytest.mark.slow
+def test_without_a_terminal_progress_is_plain_lines_on_stderr_in_ascii_where_it_must_be(
+    folder: Path,
+) -> None:
+    ascii_only = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_tuner", "run", "small.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **ascii_only},
+    )
     assert done.returncode == 0, done.stderr
     assert not {"\x1b", "\r"} & set(done.stdout + done.stderr)
     assert [line[:8] for line in done.stderr.splitlines()[-2:]] == ["step 1/2", "step 2/2"]
-
-
-def test_a_terminal_that_knows_only_ascii_gets_ascii(finished: tuple[Path, Done]) -> None:
-    _, done = finished
     assert done.stdout.isascii()
     assert done.stderr.isascii()
     assert "small finished: 2 steps" in done.stdout
@@ -280,42 +284,38 @@ def test_plan_needs_no_weights_and_counts_what_the_user_recorded(
     assert {"tokens", "target_tokens", "peak_memory_gb"} <= plan.keys()
 
 
-def test_generate_prints_the_answer_alone(mlx_tune: Here, finished: tuple[Path, Done]) -> None:
+def test_generate_prints_the_answer_alone(mlx_tune: Here, finished: Path) -> None:
     from mlx_tuner.commands.generate import answer, load
 
-    run, _ = finished
-    done = mlx_tune("generate", run, PROMPT, "--max-tokens", 12)
+    done = mlx_tune("generate", finished, PROMPT, "--max-tokens", 12)
     chat = [{"role": "user", "content": PROMPT}]
-    expected = "".join(answer(load(str(run)), chat, max_tokens=12, temperature=0))
+    expected = "".join(answer(load(str(finished)), chat, max_tokens=12, temperature=0))
     assert (done.returncode, done.stdout) == (0, expected + "\n")
 
 
 def test_a_chat_ends_with_its_input(
-    mlx_tune: Here, finished: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
+    mlx_tune: Here, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = finished
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say something.\n"))
-    done = mlx_tune("generate", run, "--max-tokens", 4)
+    done = mlx_tune("generate", finished, "--max-tokens", 4)
     assert done.returncode == 0
     assert done.stdout.endswith("\n")
     assert done.stderr.count("you> ") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "compare"])
-def test_a_reader_that_leaves_causes_no_traceback(
-    command: str, finished: tuple[Path, Done]
-) -> None:
-    run, _ = finished
+def test_a_reader_that_leaves_causes_no_traceback(command: str, finished: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "mlx_tuner", command, run, run],
+            [sys.executable, "-m", "mlx_tuner", command, finished, finished],
             stdout=writing,
             stderr=subprocess.PIPE,
             text=True,
             check=False,
-            cwd=run.parent,
+            cwd=finished.parent,
         )
     finally:
         os.close(writing)

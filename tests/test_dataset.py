@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import examples
 
 from mlx_tuner.data import dataset as datasets_module
 from mlx_tuner.data.dataset import Dataset, open_dataset, shared_rows, split
@@ -314,7 +315,7 @@ def test_an_interrupted_run_streams_the_rows_of_an_uninterrupted_one(tmp_path, t
     assert [sorted(whole[i : i + 23]) for i in (0, 23, 46)] == [every_line] * 3
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     old=st.lists(st.integers(0, 30), min_size=12, max_size=40),
     new=st.lists(st.integers(0, 60), max_size=20),

@@ -94,12 +94,14 @@ def test_what_is_asked_of_the_disk_is_the_most_that_a_run_takes_of_it(tmp_path, 
             run.require_space(disk_bytes(1_000) + 10_000)
 
 
+@pytest.mark.slow
 def test_a_power_loss_leaves_the_newest_checkpoint_that_was_promised(tmp_path):
     """`benchmarks/chaos.py` looks at 5,000 states."""
     for path, promised in disk.states_after_power_loss(tmp_path, 100, seed=1):
         assert disk.newest_step(path) >= promised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "torn", "after"])
 def test_killed_at_any_boundary_of_a_save_a_run_goes_on(tmp_path, moment):
     """Every eleventh call; `benchmarks/chaos.py` takes every one."""

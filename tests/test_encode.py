@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import examples
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -265,7 +266,7 @@ TEXT = st.text(
 ).filter(lambda text: not re.search(r"<\|(?!fim_|repo_|file_)\w+\|>", text))
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), st.none() | TEXT)
 def test_ids_and_mask_equal_transformers_on_any_text(
     qwen: Any, tagged: Any, turns: list[tuple[str, str]], system: str | None
@@ -278,6 +279,7 @@ def test_ids_and_mask_equal_transformers_on_any_text(
     assert_as_transformers(encode_one(qwen, one), one, qwen, tagged)
 
 
+@pytest.mark.slow
 def test_ids_equal_transformers_on_real_rows_in_batches(shared: Path, qwen: Any) -> None:
     values = json.loads((shared / "codealpaca" / "code_alpaca.json").read_text("utf-8"))
     rows = [row(value) for value in values]

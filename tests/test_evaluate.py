@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from click.testing import CliRunner
+from marks import some_slow
 from mlx_lm.utils import load_model
 from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter, write_model
 
@@ -105,6 +106,7 @@ def test_rows_that_were_trained_on_are_counted(run, tmp_path):
     assert evaluated(run, data=str(held_out), samples=0).rows_trained_on is None
 
 
+@pytest.mark.slow
 def test_data_takes_the_place_of_the_runs_rows_read_as_the_run_reads_them(base, run, tmp_path):
     rows = write_rows(tmp_path / "more.jsonl", ROWS[8:])
     found = evaluated(run, data=str(rows), samples=0)
@@ -156,7 +158,9 @@ def test_an_answer_ends_before_a_text_that_ends_it():
     assert done == [1, 1]
 
 
-@pytest.mark.parametrize("model_type", ["builtin", "qwen3", "qwen3_5"])
+@pytest.mark.parametrize(
+    "model_type", some_slow(["builtin", "qwen3", "qwen3_5"], {"builtin", "qwen3_5"})
+)
 def test_answers_side_by_side_are_mlx_lms_one_by_one(model_type, root, tmp_path):
     folder = BUILTIN if model_type == "builtin" else write_model(tmp_path / "m", model_type)
     tokenizer, model = load_tokenizer(folder), load_model(folder)[0]

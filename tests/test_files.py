@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import examples
 
 from mlx_tuner.errors import RunError, UsageError
 from mlx_tuner.system import files
@@ -317,7 +318,7 @@ def staged(tmp_path) -> Path:
     return tmp_path / "step"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(300))
 @given(data=st.data())
 def test_every_flip_truncation_and_deletion_is_found(staged, data):
     path = data.draw(st.sampled_from(sorted(staged.iterdir())))

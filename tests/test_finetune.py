@@ -154,6 +154,7 @@ def test_metrics_and_summary_have_the_contracts_keys(finished):
     assert set(wanted.split()) <= set(summary)
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_runs_again_to_the_same_adapter(finished, tmp_path):
     path, _ = finished
     again = load_recipe(path / "recipe.toml")
@@ -183,6 +184,7 @@ def test_mlx_lm_loads_the_adapter_and_generates_the_same_tokens(finished, root):
     assert base != ours
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_bit_for_bit_as_if_never_stopped(finished, root, tmp_path):
     path, summary = finished
     stop_after(root, tmp_path / "cut", steps=5)
@@ -233,6 +235,7 @@ def assert_same_adapter(one, other):
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(root, tmp_path):
     """In a step that never ends, so that the first one alone would wait for ever."""
     ask = "os.kill(os.getppid(), signal.SIGINT)"
@@ -293,6 +296,7 @@ def test_another_base_model_is_another_run(finished, root, monkeypatch):
         run_recipe(recipe_of(root), path, resume=True)
 
 
+@pytest.mark.slow
 def test_what_changes_no_result_may_change_in_a_resumed_run(finished, root, tmp_path):
     path, summary = finished
     stop_after(root, tmp_path / "cut", steps=5)
@@ -331,6 +335,7 @@ def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, t
         run_recipe(recipe_of(root), path)
 
 
+@pytest.mark.slow
 def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
     same = {
         "train__eval_every": 1,
@@ -351,6 +356,7 @@ def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
     assert_same_adapter(tmp_path / "best", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
     root, tmp_path, monkeypatch
 ):
@@ -370,6 +376,7 @@ def test_three_steps_without_a_finite_loss_end_the_run_and_name_their_rows(
     assert "step 5 had no finite loss or gradient; its rows: lines 9, 10, 11, 12" in message
 
 
+@pytest.mark.slow
 def test_rows_that_turn_out_unusable_are_left_out_of_their_steps_counted_and_named(
     root, tmp_path, capsys, monkeypatch
 ):
@@ -419,6 +426,7 @@ def test_a_runs_template_variables_are_those_of_its_answers(finished, tmp_path):
     assert loaded.tokenizer.decode(prompt) == "a in x"
 
 
+@pytest.mark.slow
 def test_a_run_can_overwrite_the_run_that_it_starts_from(root, tmp_path):
     text = RECIPE.replace('valid = "python_valid.jsonl"\n', "")
     run_recipe(recipe_of(root, text, train__max_steps=2), tmp_path / "run")
@@ -430,6 +438,7 @@ def test_a_run_can_overwrite_the_run_that_it_starts_from(root, tmp_path):
     assert_same_adapter(tmp_path / "run", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_rows_publishes_its_last_adapter(root, tmp_path):
     text = RECIPE.replace('valid = "python_valid.jsonl"\n', "")
     summary = run_recipe(recipe_of(root, text, train__epochs=1), tmp_path / "run")
@@ -451,6 +460,7 @@ def test_nothing_is_written_where_the_recipe_data_or_model_is_wrong(root, tmp_pa
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first", "improved", "codealpaca", "quickstart"])
 def test_every_shipped_recipe_runs_offline_on_the_built_in_model(name, root, tmp_path):
     overrides = [
@@ -464,6 +474,7 @@ def test_every_shipped_recipe_runs_offline_on_the_built_in_model(name, root, tmp
     assert run_recipe(recipe, tmp_path / name).steps == 2
 
 
+@pytest.mark.slow
 def test_the_users_codealpaca_run_has_his_log_lines(shared, root, tmp_path):
     overrides = [
         "model.path=builtin:tiny-qwen",
@@ -484,6 +495,7 @@ def test_peak_memory_is_mlxs(finished):
     assert 0 < summary.peak_memory_gb <= mx.get_peak_memory() / 1e9
 
 
+@pytest.mark.slow
 def test_the_lock_is_free_again_after_a_kill(root, tmp_path):
     recipe = tmp_path / "small.toml"
     recipe.write_text(recipe_of(root, train__epochs=1000).to_toml())
@@ -498,6 +510,7 @@ def test_the_lock_is_free_again_after_a_kill(root, tmp_path):
         assert run.checkpoint.step > 0
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_by_days_changes_neither_adapter_nor_rates(
     finished, root, tmp_path, monkeypatch
 ):

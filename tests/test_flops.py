@@ -200,7 +200,9 @@ def test_a_step_of_the_1_5b_shape_costs_what_was_measured_by_hand(shared: Path) 
     assert counted.total / 8 == pytest.approx(517e9, rel=0.05)
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(100, 3), (1000, 1)])
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(100, 3), pytest.param(1000, 1, marks=pytest.mark.slow)]
+)
 def test_a_gpus_tiles_add_a_twentieth_and_its_groups_nothing(rows: int, epochs: int) -> None:
     """The recorded job on the 1.5B shape, and ten times its rows, 8 a step."""
     shape = flops.ModelDims.from_config(config_of("qwen2.5-1.5B"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from killed import kill
+from marks import some_slow
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
@@ -105,7 +106,7 @@ def test_mlx_lm_gives_the_same_logits(base, adapted, tmp_path, display):
     assert np.abs(np.array(loaded(TOKENS)) - tuned_logits(base, adapted)).max() < 1e-4
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", some_slow(CONFIGS, CONFIGS.keys() - {"qwen3", "qwen3_5"}))
 def test_every_type_of_model_is_fused_under_the_names_it_was_published_with(
     tmp_path, display, model_type
 ):
@@ -159,7 +160,7 @@ def test_a_quantised_base_is_dequantised(base, tmp_path, display):
     assert np.abs(np.array(loaded(TOKENS)) - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", some_slow([8, 4], {8}))
 def test_a_quantised_result_says_what_it_lost(base, adapted, tmp_path, display, bits):
     made = fuse(adapted, tmp_path / "fused", display, bits=bits)
     loaded, _ = mlx_lm.load(str(tmp_path / "fused"))

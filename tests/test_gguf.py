@@ -3,12 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tomli_w
 from click.testing import CliRunner
+from marks import some_slow
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from model_folders import BUILTIN, make_adapter, write_model
@@ -36,7 +38,7 @@ def display():
         yield shown
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=some_slow(["qwen2", "qwen3"], {"qwen3"}))
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / request.param
     tied = request.param == "qwen3"
@@ -50,14 +52,28 @@ def adapted(base, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def exported(adapted, tmp_path_factory):
+    """The adapted model's file by its dtype, each made once."""
+
+    @cache
+    def of(dtype):
+        with Display() as shown:
+            return export_gguf(
+                adapted, tmp_path_factory.mktemp("gguf") / "model.gguf", shown, dtype=dtype
+            )
+
+    return of
+
+
 def fields_of(path):
     reader = gguf.GGUFReader(path)
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_reader_finds_the_fused_tensors(base, adapted, tmp_path, display, dtype):
-    made = export_gguf(adapted, tmp_path / "model.gguf", display, dtype=dtype)
+@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16"}))
+def test_the_reader_finds_the_fused_tensors(base, adapted, exported, dtype):
+    made = exported(dtype)
     reader = gguf.GGUFReader(made.path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     fused = dict(tree_flatten(merge(base, read_adapter(adapted), mx.float32).parameters()))
@@ -79,7 +95,7 @@ def test_the_reader_finds_the_fused_tensors(base, adapted, tmp_path, display, dt
     assert made.check.error < 0.1
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16"}))
 def test_a_file_that_does_not_hold_the_model_is_refused(
     base, adapted, tmp_path, display, dtype, monkeypatch
 ):
@@ -96,9 +112,8 @@ def test_a_file_that_does_not_hold_the_model_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_metadata_is_what_llama_cpp_asks_for(base, adapted, tmp_path, display):
-    made = export_gguf(adapted, tmp_path / "model.gguf", display, dtype="q8_0")
-    fields = fields_of(made.path)
+def test_the_metadata_is_what_llama_cpp_asks_for(base, exported):
+    fields = fields_of(exported("q8_0").path)
     architecture = json.loads((base / "config.json").read_text())["model_type"]
     expected = {
         "general.architecture": architecture,
@@ -151,8 +166,8 @@ def test_scaled_positions_the_base_and_the_system_prompt_are_written(tmp_path, d
     assert 'SYSTEM """/no_think Be brief."""' in made.modelfile.read_text()
 
 
-def test_tokens_types_and_merges_are_the_tokenizers(base, adapted, tmp_path, display):
-    fields = fields_of(export_gguf(adapted, tmp_path / "model.gguf", display).path)
+def test_tokens_types_and_merges_are_the_tokenizers(base, exported):
+    fields = fields_of(exported("f16").path)
     table = json.loads((base / "tokenizer.json").read_text())
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == 2048
@@ -173,9 +188,8 @@ def test_rows_of_the_embedding_without_a_token_are_named_as_padding(tmp_path, di
     assert fields["tokenizer.ggml.token_type"][-1] == 5
 
 
-def test_the_modelfile_writes_turns_as_the_models_template_does(adapted, tmp_path, display):
-    made = export_gguf(adapted, tmp_path / "model.gguf", display)
-    text = made.modelfile.read_text()
+def test_the_modelfile_writes_turns_as_the_models_template_does(exported):
+    text = exported("f16").modelfile.read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{- range .Messages }}<|im_start|>')
     assert 'PARAMETER stop "<|im_end|>"' in text
     rendered = load_tokenizer(BUILTIN)._tokenizer.apply_chat_template(
@@ -255,7 +269,7 @@ def ours(base, adapter, prompt, length=24):
     return answer
 
 
-@pytest.mark.parametrize("name", ["builtin", "qwen3", "qwen3_5"])
+@pytest.mark.parametrize("name", some_slow(["builtin", "qwen3", "qwen3_5"], {"qwen3", "qwen3_5"}))
 def test_llama_cpp_answers_with_our_tokens(tmp_path, display, name):
     base = base_of(tmp_path, name)
     path = export_gguf(tmp_path / "adapter", tmp_path / "model.gguf", display, dtype="f32").path
@@ -267,6 +281,7 @@ def test_llama_cpp_answers_with_our_tokens(tmp_path, display, name):
             assert theirs.answer(prompt, 24) == ours(base, tmp_path / "adapter", prompt)
 
 
+@pytest.mark.slow
 def test_llama_cpp_answers_with_our_tokens_of_dora(tmp_path, display):
     model = load_model(BUILTIN)[0]
     lora.attach(model, rank=4, scale=2.0, target_modules="all-linear", layer=DoRALinear)
@@ -284,6 +299,7 @@ def test_llama_cpp_answers_with_our_tokens_of_dora(tmp_path, display):
             assert theirs.answer(prompt, 24) == ours(BUILTIN, tmp_path / "adapter", prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["builtin", "qwen3", "qwen3_5"])
 def test_llama_cpp_answers_with_our_tokens_from_the_adapter_alone(
     tmp_path, display, name, monkeypatch
@@ -304,6 +320,7 @@ def test_llama_cpp_answers_with_our_tokens_from_the_adapter_alone(
     assert after != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"), [("builtin", "q8_0"), ("qwen3", "f16"), ("qwen3_5", "bf16")]
 )
@@ -365,6 +382,7 @@ def write_split(base, ours, theirs):
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.slow
 def test_llama_cpp_keeps_marks_with_their_letters_as_qwen_3_5_does(tmp_path, display):
     base = base_of(tmp_path, "qwen3")
     write_split(base, r"\\p{L}+|", r"[\\p{L}\\p{M}]+|")

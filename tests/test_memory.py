@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from marks import some_slow
 from mlx.utils import tree_flatten
 from tiny import random_rows
 
@@ -49,13 +50,7 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if i > 3 else [])
-        for i, name in enumerate(CONFIGURATIONS)
-    ],
-)
+@pytest.mark.parametrize("name", some_slow(CONFIGURATIONS, CONFIGURATIONS.keys() - {"attention"}))
 def test_a_step_takes_what_is_estimated(name):
     peak, estimate = measured(**CONFIGURATIONS[name])
     assert estimate == pytest.approx(peak, rel=0.15)
@@ -99,12 +94,13 @@ def measured(
     return peak, max(needs.peak(batch.sizes) for batch in step.micro_batches)
 
 
-def needs_of(backend=CPU, **changes):
+def needs_of(backend=CPU, checkpointing=False, **changes):
     arguments = {"weights": 3_000_000_000, "trainable_parameters": 4_000_000}
     return memory.step_memory(
         tiny_config("qwen2", **{**SIZES, "vocab_size": 150_000, "head_dim": None, **changes}),
         2,
         target_modules=QKVO,
+        checkpointing=checkpointing,
         backend=backend,
         **arguments,
     )
@@ -125,6 +121,11 @@ def test_what_is_kept_of_a_wide_step_is_what_its_arrays_are_together():
     assert needs_of(CPU, **wide).score == 2
     kept = needs.peak(Sizes(7, 9, 100)) - needs.fixed
     assert kept == pytest.approx(100 * (7 * 20_000 + 9 * 8000), rel=0.02)
+    # Checkpointed, a block's input, and all that three blocks keep.
+    needs = needs_of(GPU, checkpointing=True, **wide)
+    kept = needs.peak(Sizes(7, 9, 100)) - needs.fixed
+    block = 7 * 20_000 + 9 * 8000
+    assert kept == pytest.approx(100 * 7 * 2000 + 3 * block, rel=0.05)
     assert needs.fixed == 3_000_000_000 + 20 * 4_000_000
     assert needs.peak(Sizes(0, 0, 0, 10)) == needs.fixed + 10 * 20 * 150_000
     assert needs.peak(Sizes(0, 0, 0, 10_000)) == needs.fixed + 5 * GPU.chunk_bytes

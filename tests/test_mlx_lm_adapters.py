@@ -123,6 +123,7 @@ def test_mlx_lms_adapter_is_exported_to_gguf(made, tmp_path):
         assert np.allclose(stored[f"blk.{block}.ffn_down.weight"], before, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_recipe_starts_from_mlx_lms_adapter(made, logits, tmp_path):
     (tmp_path / "on.toml").write_text(
         f'[model]\npath = "builtin:tiny-qwen"\n[data]\ntrain = "{made.parent}/train.jsonl"\n'

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 
 from mlx_tuner.data.order import in_validation, shuffled
 from mlx_tuner.recipe.schedule import rows_of_step, steps_per_epoch
@@ -15,7 +16,7 @@ from mlx_tuner.recipe.schedule import rows_of_step, steps_per_epoch
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(seed=SEEDS, epoch=st.integers(0, 10**6), n=st.integers(0, 5000))
 def test_the_order_is_numpys_own(seed, epoch, n):
     expected = np.random.RandomState([seed, epoch]).permutation(n)

@@ -73,6 +73,7 @@ def assert_all_ended(folder: Path, processes: list[subprocess.Popen[str]], why: 
 TRAIN = "\nfor _ in range(10 ** 6): step()"
 
 
+@pytest.mark.slow
 def test_ranks_that_end_by_themselves_decide_their_exit_codes(tmp_path: Path) -> None:
     for code in (0, 143):
         for path in tmp_path.glob("child-*"):
@@ -81,18 +82,20 @@ def test_ranks_that_end_by_themselves_decide_their_exit_codes(tmp_path: Path) ->
         assert (codes, lines) == ([code] * 3, [[]] * 3)
 
 
+@pytest.mark.slow
 def test_one_rank_holds_the_folder_and_is_given_back_to_nobody_else(tmp_path: Path) -> None:
     script = "assert (own.lock is None) == (rank > 0)\nassert '--overwrite' in sys.argv"
     assert end(start(tmp_path, script)) == ([0] * 3, [[]] * 3)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_all_of_them(tmp_path: Path, rank: int) -> None:
     script = f"own.saved(1)\nif rank == {rank}: step(); os.kill(os.getpid(), signal.SIGKILL)"
     why = f"training on {{host}} (rank {rank}) died: the system killed it, most likely for memory"
     assert_all_ended(tmp_path, start(tmp_path, script + TRAIN), why)
 
 
+@pytest.mark.slow
 def test_the_first_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -> None:
     script = """
 if rank == 1:
@@ -105,6 +108,7 @@ os.abort()
     assert_all_ended(tmp_path, start(tmp_path, script), why)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_ends_all_of_them(tmp_path: Path, rank: int) -> None:
     script = f"step()\nif rank != {rank}: own.met()\ntime.sleep(60)"
@@ -112,6 +116,7 @@ def test_a_rank_that_hangs_ends_all_of_them(tmp_path: Path, rank: int) -> None:
     assert_all_ended(tmp_path, start(tmp_path, script), why)
 
 
+@pytest.mark.slow
 def test_a_rank_whose_training_is_stopped_is_named(tmp_path: Path) -> None:
     script = "own.met(); own.step()\nPath('ready').touch()\ntime.sleep(60)"
     processes = start(tmp_path, script)
@@ -121,12 +126,14 @@ def test_a_rank_whose_training_is_stopped_is_named(tmp_path: Path) -> None:
     assert_all_ended(tmp_path, processes, why)
 
 
+@pytest.mark.slow
 def test_where_all_ranks_wait_all_are_named(tmp_path: Path) -> None:
     names = " and ".join(f"{{host}} (rank {rank})" for rank in range(3))
     why = f"nothing comes of what {names} tell one another: it hung"
     assert_all_ended(tmp_path, start(tmp_path, "step()\ntime.sleep(60)"), why)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_ends_all_of_them(tmp_path: Path) -> None:
     processes = start(tmp_path, TRAIN)
     stopped = child(tmp_path, 2)
@@ -140,6 +147,7 @@ def test_a_rank_that_is_stopped_ends_all_of_them(tmp_path: Path) -> None:
     assert state(stopped) in ("", "Z")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_supervisor_that_is_killed_ends_all_of_them(tmp_path: Path, rank: int) -> None:
     processes = start(tmp_path, TRAIN)
@@ -159,6 +167,7 @@ def test_a_rank_that_never_starts_is_told_of(tmp_path: Path) -> None:
     assert "rank 2" in end(processes)[1][0][0]
 
 
+@pytest.mark.slow
 def test_a_stranger_at_the_port_changes_nothing(tmp_path: Path) -> None:
     processes = start(tmp_path, "time.sleep(1)")
     hosts = json.loads((tmp_path / "hosts.json").read_text())
@@ -170,6 +179,7 @@ def test_a_stranger_at_the_port_changes_nothing(tmp_path: Path) -> None:
         assert end(processes) == ([0] * 3, [[]] * 3)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_the_others(tmp_path: Path) -> None:
     processes = start(tmp_path, "if rank == 1: sys.exit(2)" + TRAIN)
     codes, lines = end(processes)

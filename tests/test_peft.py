@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 from mlx_lm.utils import load_model
 from model_folders import BUILTIN, CONFIGS, TOKENIZER, equal, make_adapter, write_model
 
@@ -149,7 +150,7 @@ def test_exporting_and_importing_gives_the_adapter_bit_for_bit(base, tmp_path, s
     assert replace(read, tensors={}, folder=None) == replace(adapter, tensors={})
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     scale=st.floats(1e-3, 1e3).filter(lambda x: x != 1),
     values=st.lists(st.floats(-100, 100, width=32), min_size=8, max_size=8),

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from marks import examples
 
 from mlx_tuner.data.rows import FIELDS, parse_row, plain_digest
 
@@ -57,7 +58,7 @@ def rows(draw: st.DrawFn) -> bytes:
     return raw
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(rows())
 @example(b'{"instruction": "a", "output": "b", "output": "c"}')
 @example(b'{"instruction": "a", "output": "b", "id": "\\udc00"}')

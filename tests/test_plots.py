@@ -115,6 +115,7 @@ def test_nothing_or_little_to_draw_is_no_error(tmp_path, records):
     assert [png_size(tmp_path / name)[1] for name in ("a.png", "b.png", "c.png")] == [750] * 3
 
 
+@pytest.mark.slow
 def test_plots_leave_no_state_and_no_temporary_files(tmp_path):
     script = (
         "import sys; from pathlib import Path; from mlx_tuner.show import plots;"

@@ -225,6 +225,7 @@ open(sys.argv[1], "w").write("went on")
 """
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
     done = tmp_path / "done"
     command = [sys.executable, "-c", TRAINING, str(done)]

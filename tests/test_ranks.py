@@ -50,6 +50,7 @@ def test_rows_go_back_and_forth_and_a_fast_rank_has_more_of_them():
     assert shares([7], [1.0, 1.0, 1.0]) == [[0], [], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_train_the_adapter_of_one(tmp_path: Path, ranks: int) -> None:
     script = [sys.executable, str(Path(__file__).with_name("ranked.py")), str(tmp_path)]

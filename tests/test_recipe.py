@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 from pydantic import ValidationError
 
 from mlx_tuner.errors import RecipeError
@@ -401,7 +402,7 @@ def test_crlf_line_ends_are_fine() -> None:
 
 
 @given(text=st.text(st.sampled_from("[]{}=.,\"'\\#\n\t abz_-019:+\r\x00\ufeff"), max_size=60))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_no_text_makes_anything_but_recipe_faults(text: str) -> None:
     for mutant in (text, MINIMAL + text, MINIMAL.replace("16", text)):
         try:
@@ -622,7 +623,7 @@ _recipes = st.fixed_dictionaries(
 
 
 @given(tables=_recipes)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_a_recipe_written_back_parses_to_an_equal_recipe(tables: dict[str, Any]) -> None:
     recipe = parse(tomli_w.dumps(tables))
     assert parse(recipe.to_toml()) == recipe
@@ -700,7 +701,7 @@ x = { y = 1, z = {w = 2} }
 
 
 @given(tables=_recipes)
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_every_key_of_a_valid_text_has_a_line_that_mentions_it(tables: dict[str, Any]) -> None:
     text = tomli_w.dumps(tables)
     lines = key_lines(text)

@@ -222,6 +222,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_of_many_starts_at_once_one_runs_and_a_kill_frees_the_run(tmp_path):
     command = [sys.executable, "-c", STARTER, str(tmp_path / "run")]
     pipe = subprocess.PIPE

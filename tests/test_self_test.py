@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from marks import some_slow
 
 from mlx_tuner.cli import main
 from mlx_tuner.engine.trainer import Trainer
@@ -17,6 +18,7 @@ from mlx_tuner.proof.sides import Outcome, Side, trial
 
 SIDE = trial()
 CHECKS = self_test.checks(SIDE)
+STEPS = {name for name in CHECKS if name.startswith(("20 steps", "repeated", "resumed"))}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.metal
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", some_slow(CHECKS, {"memory"} | STEPS - {"20 steps, qwen3, fp32"}))
 def test_this_device_computes_what_the_cpu_computes(name: str) -> None:
     ok, told = CHECKS[name](SIDE)
     assert ok, told
@@ -56,6 +58,7 @@ def test_a_gradient_that_is_a_thousandth_off_is_found(monkeypatch: pytest.Monkey
     assert not ok, told
 
 
+@pytest.mark.slow
 def test_steps_that_depend_on_what_happened_before_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -75,6 +78,7 @@ def test_steps_that_depend_on_what_happened_before_are_found(
         assert "numbers differ" in told
 
 
+@pytest.mark.slow
 def test_a_peak_beyond_the_estimate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps.Work, "step_bytes", lambda *_: 1_000_000)
     assert not steps.check_memory(SIDE)[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import examples
 
 from mlx_tuner.data import sources
 from mlx_tuner.data.scan import RowFile
@@ -86,7 +87,7 @@ def test_line_separators_of_unicode_do_not_end_a_row(tmp_path):
     assert open_rows(write(tmp_path, b"1" + content + b"\n2\n"))[0] == b"1" + content
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(
     lines=st.lists(st.text('ab{}[]",\\ \t\r\u2028', max_size=9), max_size=12),
     block=st.integers(1, 40),
@@ -123,7 +124,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(
     values=st.lists(JSON_VALUES, min_size=1, max_size=6),
     block=st.integers(1, 60),

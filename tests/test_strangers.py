@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from marks import some_slow
 from mlx_lm.utils import load_model
 from model_folders import make_adapter, write_model
 
@@ -131,10 +132,7 @@ def fifo_as_config(folder):
     os.mkfifo(folder / "config.json")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(each, marks=[pytest.mark.slow] * (each == "run")) for each in MODEL_COMMANDS],
-)
+@pytest.mark.parametrize("command", some_slow(MODEL_COMMANDS, {"run"}))
 def test_every_command_checks_a_model_folder_before_it_is_read(command, model, tmp_path):
     fifo_as_config(model)
     assert "config.json: not a regular file" in refusal(command, tmp_path, model=model)
@@ -251,7 +249,7 @@ SPOILED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", SPOILED)
+@pytest.mark.parametrize("what", some_slow(SPOILED, {"a template that loops"}))
 def test_a_hostile_model_folder_is_refused_in_a_line(what, model, tmp_path):
     spoil, said = SPOILED[what]
     spoil(model)
@@ -294,6 +292,7 @@ def test_every_kind_of_tokenizer_is_held_to_the_embeddings_rows(model, tmp_path)
     assert "but the embedding has 2048 rows" in said
 
 
+@pytest.mark.slow
 def test_one_ctrl_c_ends_a_command_whose_template_does_not_end(model, tmp_path):
     """Here the limit on rendering a row is ten minutes."""
     template = json.loads((model / "tokenizer_config.json").read_text())["chat_template"]

@@ -122,6 +122,7 @@ def test_a_fault_of_ours_is_no_fault_of_the_machine() -> None:
     assert causes.of_message("'NoneType' object has no attribute 'step'") is None
 
 
+@pytest.mark.slow
 def test_a_child_that_ends_by_itself_decides_the_exit_code(supervised) -> None:
     for code in (0, 1, 2, 143):
         assert supervised(f"sys.exit({code})")[:2] == (code, [])
@@ -165,6 +166,7 @@ sys.exit(own.crashed(RuntimeError("{METAL}Insufficient Memory (00000008:…)")))
     assert not any("Traceback" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_restarts_go_on_as_long_as_checkpoints_do(supervised) -> None:
     script = """
 if attempt % 3 == 0: own.saved(10 * attempt)
@@ -253,6 +255,7 @@ def state(pid: int) -> str:
     return found.stdout[:1]
 
 
+@pytest.mark.slow
 def test_of_many_starts_at_once_one_trains_and_the_others_name_it(tmp_path) -> None:
     script = "Path('ready').touch(); time.sleep(600)"
     processes = [start(tmp_path, script) for _ in range(8)]

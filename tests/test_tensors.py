@@ -8,12 +8,13 @@ import struct
 from pathlib import Path
 
 import pytest
+from marks import examples
 from safetensors import SafetensorError, deserialize
 
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.tensors import ITEM_BYTES, read_header
 
-MUTANTS = int(os.environ.get("MLX_TUNE_MUTANTS", "4000"))
+MUTANTS = int(os.environ.get("MLX_TUNE_MUTANTS", str(examples(4000))))
 
 
 def pack(header: bytes | dict, data: bytes = b"", length: int | None = None) -> bytes:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import examples, some_slow
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner import lora as mlx_lm_lora
 from mlx_lm.tuner.trainer import default_loss
@@ -61,7 +62,9 @@ def changed(config, **sizes):
     return {**config, **sizes}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", some_slow(FAMILIES, FAMILIES.keys() - {"qwen2", "qwen3", "qwen3_moe"})
+)
 def test_every_family_has_the_loss_and_gradients_of_rows_run_alone(family):
     model = tiny_model(well_conditioned(family))
     options = {"micro_batch_tokens": 60, "backend": replace(CPU, recurrence_chunk=8)}
@@ -70,7 +73,7 @@ def test_every_family_has_the_loss_and_gradients_of_rows_run_alone(family):
         assert_exact(model, rows, {}, {"checkpointing": True}, **options)
 
 
-@pytest.mark.parametrize("prefix", [0, 5, 12, 60])
+@pytest.mark.parametrize("prefix", some_slow([0, 5, 12, 60], {5}))
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 80, 1])
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_a_shared_prefix_changes_nothing(prefix, micro_batch_tokens, mask_prompt):
@@ -78,7 +81,7 @@ def test_a_shared_prefix_changes_nothing(prefix, micro_batch_tokens, mask_prompt
     assert_exact(MODEL, rows, micro_batch_tokens=micro_batch_tokens)
 
 
-@pytest.mark.parametrize("prefix", [0, 12, 60])
+@pytest.mark.parametrize("prefix", some_slow([0, 12, 60], {0}))
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 80])
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_a_gpus_tiles_change_nothing(prefix, micro_batch_tokens, mask_prompt):
@@ -113,7 +116,7 @@ def test_a_row_that_starts_another_is_exact():
     mask_prompt=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
 def test_no_cut_into_micro_batches_changes_the_gradient(
     lengths, prefix, micro_batch_tokens, mask_prompt, seed
 ):
@@ -135,7 +138,7 @@ def test_checkpointing_gives_the_same_gradient_with_dropout_too():
     assert relative_error(checkpointed[1], plain[1]) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "qwen3_5"])
+@pytest.mark.parametrize("family", some_slow(["qwen2", "qwen3_moe", "qwen3_5"], {"qwen3_5"}))
 @pytest.mark.parametrize("backend", [CPU, TILES], ids=["cpu", "tiles"])
 def test_with_dropout_no_cut_changes_the_gradient(family, backend):
     model = tiny_model(FAMILIES[family], dropout=0.3)
@@ -240,6 +243,7 @@ def test_changing_a_row_changes_no_other_rows_hidden_states():
     np.testing.assert_array_equal(before[own:], after[own:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_5"])
 def test_in_bf16_our_error_is_no_larger_than_mlx_lms(family):
     """Against fp32 on the same rounded weights, on average over batches."""
@@ -339,6 +343,7 @@ def test_evaluation_leaves_training_as_it_was():
     np.testing.assert_array_equal(*runs)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_any_step_is_the_same_to_the_bit():
     """With dropout, and a GPU's tiles; the state is all that is kept, as numbers."""
     batches = [random_rows([3 + i % 5, 17, 9], prefix=8 * (i % 2), seed=i) for i in range(24)]

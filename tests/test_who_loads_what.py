@@ -14,6 +14,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from marks import some_slow
 from mlx_lm.utils import load_model
 from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter
 
@@ -46,7 +47,7 @@ def adapted(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=MAKE)
+@pytest.fixture(scope="module", params=some_slow(MAKE, {"fused", "fused, 4 bits"}))
 def made(request, adapted, tmp_path_factory):
     """A folder as its command writes it."""
     folder = tmp_path_factory.mktemp("models") / "made"
@@ -55,6 +56,7 @@ def made(request, adapted, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_we_train_on_a_folder_of_ours(made, tmp_path):
     """From the loss that mlx-lm finds."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
