@@ -13,7 +13,7 @@ from model_folders import BUILTIN, CONFIGS, write_model
 
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.folder import INDEX
-from mlx_tuner.models.model import load
+from mlx_tuner.models.model import load, load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -365,7 +365,7 @@ def test_a_broken_tokenizer_is_named_with_its_line(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("where", ["vocabulary", "added", "decoder"])
+@pytest.mark.parametrize("where", ["vocabulary", "added", "special"])
 def test_token_ids_past_the_embedding_are_refused(folder, where):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     if where == "vocabulary":
@@ -383,10 +383,32 @@ def test_token_ids_past_the_embedding_are_refused(folder, where):
     )
 
 
+def test_the_ids_of_a_decoder_are_held_to_the_embedding(folder):
+    """Without a tokenizer.json it is what says which tokens were added."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(map(" ".join, tokenizer["model"]["merges"])))
+    added = {str(token.pop("id")): token for token in tokenizer["added_tokens"]}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    load_tokenizer(folder)
+    added["2048"] = {"content": "<|x|>", "special": True} | FLAGS
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    with pytest.raises(ModelError, match="token id 2048, but the embedding has 2048 rows"):
+        load_tokenizer(folder)
+
+
+def test_token_ids_are_held_to_the_embedding_that_a_text_config_describes(tmp_path):
+    folder = write_model(tmp_path / "model", "qwen3_5")
+    edit(folder / "tokenizer_config.json", additional_special_tokens=["<|x|>"])
+    with pytest.raises(ModelError, match="token id 2048, but the embedding has 2048 rows"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id", "pad_token_id"])
 def test_ids_that_a_config_names_past_the_embedding_are_refused(folder, name, field):
-    edit(folder / name, **{field: [5, 2048]})
+    edit(folder / name, **{field: [5, 2048, 7]})
     where = f"{folder / name}: {field}"
     assert f"{where}: token id 2048, but the embedding has 2048 rows" in refusal(folder)
 
