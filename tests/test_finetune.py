@@ -490,8 +490,10 @@ def test_the_users_codealpaca_run_has_his_log_lines(shared, root, tmp_path):
     assert rates == [1.8e-4, 1.379e-4, 6.897e-5]
 
 
-def test_peak_memory_is_mlxs(finished):
-    _, summary = finished
+@pytest.mark.slow
+def test_peak_memory_is_mlxs(root, tmp_path):
+    changes = {"train__epochs": 1, "train__eval_every": 10}
+    summary = run_recipe(recipe_of(root, **changes), tmp_path / "run")
     assert 0 < summary.peak_memory_gb <= mx.get_peak_memory() / 1e9
 
 
