@@ -79,6 +79,15 @@ def test_the_cache_serves_where_the_hub_is_out_of_reach(fake, monkeypatch):
     assert hub.download_model("qwen/tiny") == folder
 
 
+def test_a_model_that_came_by_its_commit_is_found_offline_once_its_branch_was_asked_for(
+    fake, monkeypatch
+):
+    folder = hub.download_model("qwen/tiny", COMMIT)
+    assert hub.download_model("qwen/tiny") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.download_model("qwen/tiny") == folder
+
+
 def test_offline_without_the_model_in_the_cache_is_one_line(fake, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     text = fault(ModelError, hub.download_model, "qwen/tiny", "main")

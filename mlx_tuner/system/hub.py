@@ -151,10 +151,15 @@ def _cached(name: str, kind: str, revision: str | None) -> Path:
 
 def _fetched(name: str, kind: str, revision: str | None, info: Any, files: list[Any]) -> Path:
     """The cache's folder with `files` in it, each downloaded a second time if it came damaged."""
+
+    def in_cache(file: Any, at: str | None) -> Any:
+        return try_to_load_from_cache(name, file.rfilename, None, at, kind)
+
     # Hashing takes seconds a model, so only what may not have been hashed before is: a download
-    # that was interrupted leaves a file missing, and then all of them are looked at.
+    # that was interrupted leaves a file missing, and then all of them are looked at. A branch that
+    # the cache does not know, or knows as another commit, is asked for, to be found offline too.
     if all(
-        isinstance(try_to_load_from_cache(name, f.rfilename, None, info.sha, kind), str)
+        isinstance(path := in_cache(f, info.sha), str) and path == in_cache(f, revision)
         for f in files
     ):
         return _cached(name, kind, info.sha)
