@@ -33,36 +33,30 @@ def main() -> None:
     parser.add_argument("--folder", help="where the children keep the adapter")
     args = parser.parse_args()
     if args.one:
-        if args.logits:
-            np.save(Path(args.folder) / args.one, LOGITS[args.one](args))
-            report()
-            return
         steps = TRAINERS[args.one](args)
         report(**{f"{key}_{i}": step[key] for i, step in enumerate(steps) for key in step})
         return
 
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["--model", args.model, "--folder", folder, *(["--logits"] if args.logits else [])]
-        found = {name: child("--one", name, *words)() for name in TRAINERS}
-        if args.logits:
-            logits = {name: np.load(Path(folder) / f"{name}.npy") for name in LOGITS}
+    settings: dict[str, Any] = {"model": Path(args.model).name}
     if args.logits:
-        runs = {
-            "ours against transformers": [apart(logits["ours"], logits["peft"])],
-            "ours against float64": [apart(logits["ours"], logits["float64"])],
-            "transformers against float64": [apart(logits["peft"], logits["float64"])],
-        }
+        runs = of_texts(args)
         print(table(runs))
-        settings = {"model": Path(args.model).name, "texts": len(TEXTS), "tokens": TEXT_TOKENS}
+        settings |= {"texts": len(TEXTS), "tokens": TEXT_TOKENS}
         print(save(args.name or "truth-logits", runs, settings=settings))
         return
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            name: child("--one", name, "--model", args.model, "--folder", folder)()
+            for name in TRAINERS
+        }
     runs = {
         "ours against PEFT": [differences(found["ours"], found["peft"], STEPS)],
         "ours against float64": [differences(found["ours"], found["float64"], 1)],
         "PEFT against float64": [differences(found["peft"], found["float64"], 1)],
     }
     print(table(runs))
-    settings = {"model": Path(args.model).name, "steps": STEPS, "rows": ROWS}
+    settings |= {"steps": STEPS, "rows": ROWS}
     print(save(args.name or "truth", runs, settings=settings))
 
 
@@ -72,12 +66,6 @@ def differences(one: Any, other: Any, steps: int) -> dict[str, float]:
         key: max(abs(one[f"{key}_{i}"] / other[f"{key}_{i}"] - 1) for i in range(steps))
         for key in ("loss", "grad_norm")
     }
-
-
-def apart(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """The largest difference of log probabilities, and where the likeliest token is the same."""
-    same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    return {"log_probability": float(abs(ours - theirs).max()), "same_token": float(same)}
 
 
 def batches() -> list[list[Any]]:
@@ -189,28 +177,41 @@ def ours(args: Any) -> list[dict[str, float]]:
     return [{"loss": result.loss, "grad_norm": result.grad_norm} for result in results]
 
 
-def texts(args: Any) -> list[list[int]]:
-    """The first tokens of each text."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    return [tokenizer(path.read_text("utf-8")).input_ids[:TEXT_TOKENS] for path in TEXTS]
-
-
-def logits_of_transformers(args: Any, dtype: str) -> np.ndarray:
-    """Log probabilities after each token of the texts (tokens, V)."""
+def of_texts(args: Any) -> dict[str, list[dict[str, float]]]:
+    """Log probabilities after each token of the texts, compared."""
     import torch
     import transformers
 
-    auto = transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(args.model, dtype=getattr(torch, dtype))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    texts = [tokenizer(path.read_text("utf-8")).input_ids[:TEXT_TOKENS] for path in TEXTS]
+
+    def by_transformers(dtype: Any) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        return torch.cat([model(input_ids=torch.tensor([tokens])).logits[0] for tokens in texts])
+
     with torch.no_grad():
-        logits = [model(input_ids=torch.tensor([tokens])).logits[0] for tokens in texts(args)]
-        return torch.cat(logits).double().log_softmax(-1).numpy()
+        ours, theirs, exact = (
+            logits.double().log_softmax(-1)
+            for logits in (
+                torch.from_numpy(our_logits(args, texts)),
+                by_transformers(torch.float32),
+                by_transformers(torch.float64),
+            )
+        )
+
+    def apart(one: Any, other: Any) -> list[dict[str, float]]:
+        same = (one.argmax(-1) == other.argmax(-1)).double().mean()
+        return [{"log_probability": (one - other).abs().max().item(), "same_token": same.item()}]
+
+    return {
+        "ours against transformers": apart(ours, theirs),
+        "ours against float64": apart(ours, exact),
+        "transformers against float64": apart(theirs, exact),
+    }
 
 
-def our_logits(args: Any) -> np.ndarray:
-    """The same by the forward pass that trains, all texts in one micro-batch."""
+def our_logits(args: Any, texts: list[list[int]]) -> np.ndarray:
+    """Logits (tokens, V) by the forward pass that trains, all texts in one micro-batch."""
     import mlx.core as mx
 
     from mlx_tuner.engine import batching
@@ -223,23 +224,15 @@ def our_logits(args: Any) -> np.ndarray:
     # A last token more, so that each one of the text has a target.
     rows = [
         Example(np.array([*tokens, 0], np.int32), np.arange(len(tokens) + 1) > 0, i)
-        for i, tokens in enumerate(texts(args))
+        for i, tokens in enumerate(texts)
     ]
     (batch,) = batching.make_micro_batches(rows, 2048, share_prefix=False).micro_batches
     hidden, _ = hidden_at_targets(loaded, Layout.of(batch))
-    logits = np.array(head_of(loaded).as_linear(hidden), np.float64)
     order = np.lexsort((batch.positions[batch.sources], batch.rows[batch.sources]))
-    logits = logits[order]
-    largest = logits.max(-1, keepdims=True)
-    return logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    return np.array(head_of(loaded).as_linear(hidden))[order]
 
 
 TRAINERS = {"peft": trainer_and_peft, "float64": in_float64, "ours": ours}
-LOGITS = {
-    "peft": lambda args: logits_of_transformers(args, "float32"),
-    "float64": lambda args: logits_of_transformers(args, "float64"),
-    "ours": our_logits,
-}
 
 if __name__ == "__main__":
     main()
