@@ -47,13 +47,14 @@ from statistics import mean, median
 from harness import ROOT, Measures, options, preload_openblas, save, table
 from safetensors.numpy import load_file
 
-from mlx_tuner import cli, training
+from mlx_tuner import cli
 from mlx_tuner.errors import RunError
 from mlx_tuner.models.model import resolve
 from mlx_tuner.runs import checkpoints, supervisor
 from mlx_tuner.runs.metrics import TrainRecord
 from mlx_tuner.runs.run import Run, read_records, read_summary
 from mlx_tuner.system import blas, files
+from mlx_tuner.training import finetune as training
 
 sys.path.insert(0, str(ROOT / "tests"))
 import disk

@@ -36,7 +36,6 @@ from typing import IO, Any
 import harness
 import mlx.core as mx
 
-from mlx_tuner.assembly import open_data
 from mlx_tuner.errors import TunerError
 from mlx_tuner.models.adapter import Adapter, write_adapter
 from mlx_tuner.models.adapter_folder import import_adapter
@@ -46,6 +45,7 @@ from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.recipe import shipped
 from mlx_tuner.recipe.load import load_recipe, parse_recipe
+from mlx_tuner.training.assembly import open_data
 
 COUNT = 20_000
 SECONDS = 5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_tuner import training
 from mlx_tuner.commands.generate import answer, load
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.show.progress import Display
+from mlx_tuner.training import finetune as training
 
 
 class Finished(Summary):

@@ -30,7 +30,7 @@ def test_importing_loads_no_mlx_until_a_function_is_asked_for() -> None:
         "from mlx_tuner import load_recipe, Recipe\n"
         "assert not {'mlx', 'matplotlib', 'transformers'} & set(sys.modules)\n"
         "from mlx_tuner import finetune, generate\n"
-        "import mlx_tuner.training\n"
+        "import mlx_tuner.training.finetune\n"
         "assert callable(mlx_tuner.finetune) and callable(mlx_tuner.generate)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

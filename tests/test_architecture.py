@@ -31,13 +31,11 @@ BELOW = {
     "models": {"engine", "errors", "system", "words"},
     "runs": {"engine", "errors", "recipe", "system", "words"},
     "show": {"engine", "errors", "recipe", "runs", "system", "words"},
+    "training": {"data", "engine", "errors", "models", "recipe", "runs", "show", "system", "words"},
 }
 """What each of these rooms may import of ours, beside itself; those above import what they need."""
 
-ASSEMBLY = {
-    *("assembly", "needs", "session", "snapshot", "training", "api"),
-    *("bench", "cli", "commands", "conversion"),
-}
+ASSEMBLY = {"api", "bench", "cli", "commands", "conversion", "training"}
 """Commands, and what puts a run's parts together."""
 HEAVY = {"mlx", "mlx_lm", "transformers", "matplotlib", "huggingface_hub", "numpy", "torch"}
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from mlx_tuner.cli import main
 from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.show.progress import Display
-from mlx_tuner.training import finetune
+from mlx_tuner.training.finetune import finetune
 
 PROMPT = "Write a Python function `twice` that doubles a number."
 

@@ -9,8 +9,8 @@ import disk
 import pytest
 
 from mlx_tuner.errors import RunError
-from mlx_tuner.needs import disk_bytes
 from mlx_tuner.runs.run import Run
+from mlx_tuner.training.needs import disk_bytes
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT)
 

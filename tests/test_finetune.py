@@ -18,7 +18,6 @@ import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_tuner import assembly, session, training
 from mlx_tuner.commands.generate import answer, load
 from mlx_tuner.errors import DataError, ModelError, RecipeError, RunError, UsageError
 from mlx_tuner.models.answers import prompt_tokens
@@ -28,7 +27,9 @@ from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord, train_records
 from mlx_tuner.runs.place import is_running
 from mlx_tuner.show.progress import Display
-from mlx_tuner.training import finetune
+from mlx_tuner.training import assembly, session
+from mlx_tuner.training import finetune as training
+from mlx_tuner.training.finetune import finetune
 
 RECIPE = """
 [model]
@@ -206,7 +207,7 @@ def run_with(recipe, path, in_step):
     """`mlx-tune run`, whose child runs a line of code in each step, the i-th."""
     child = (
         "import os, signal, time\n"
-        "from mlx_tuner import session\n"
+        "from mlx_tuner.training import session\n"
         "steps = session.train\n"
         "def train(*args, **kwargs):\n"
         "    for i, result in enumerate(steps(*args, **kwargs), 1):\n"

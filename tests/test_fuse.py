@@ -18,7 +18,6 @@ from mlx_lm.utils import load_model
 from model_folders import CONFIGS, equal, make_adapter, write_model
 from run_records import evaluation, summary_of, train_record
 
-from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.convert import convert
 from mlx_tuner.conversion.fidelity import Fidelity, require_kept
@@ -32,6 +31,7 @@ from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.runs import own
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system.files import verify
+from mlx_tuner.training.assembly import open_data
 
 IDS = [[5, 300, 17, 999, 2, 1024]]
 TOKENS = mx.array(IDS)
@@ -297,7 +297,7 @@ def test_the_rows_of_a_strangers_recipe_are_not_read(run, tmp_path, display, mon
     def opened(*_):
         raise AssertionError("the rows of a stranger's recipe were opened")
 
-    monkeypatch.setattr("mlx_tuner.assembly.open_data", opened)
+    monkeypatch.setattr("mlx_tuner.training.assembly.open_data", opened)
     assert fuse(run, tmp_path / "fused", display).check.rows == "fixed prompts"
 
 

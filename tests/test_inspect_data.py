@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from mlx_tuner.assembly import open_data
 from mlx_tuner.cli import main
 from mlx_tuner.commands import data_report
 from mlx_tuner.commands.inspect_data import Inspection, inspect
@@ -24,6 +23,7 @@ from mlx_tuner.data.survey import histogram
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.load import recipe_for
 from mlx_tuner.show.progress import Display
+from mlx_tuner.training.assembly import open_data
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Add 1 and 2", "completion": "3"},

@@ -5,7 +5,6 @@ import io
 import pytest
 from model_folders import BUILTIN
 
-from mlx_tuner import assembly
 from mlx_tuner.bench import ranks as bench_ranks
 from mlx_tuner.commands import links
 from mlx_tuner.commands.links import LINKS, Link
@@ -15,6 +14,7 @@ from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.show.terminal import console
+from mlx_tuner.training import assembly
 
 
 class Two(Ranks):
@@ -63,7 +63,7 @@ def test_a_link_is_as_it_was_measured_last(elsewhere, monkeypatch) -> None:
 
 
 def test_a_plan_shares_the_time_and_adds_the_sums(root, elsewhere, monkeypatch) -> None:
-    monkeypatch.setattr("mlx_tuner.needs.seconds_of", lambda *_, **__: (100.0, "by hand"))
+    monkeypatch.setattr("mlx_tuner.training.needs.seconds_of", lambda *_, **__: (100.0, "by hand"))
     recipe = load_recipe(root / "recipes" / "quickstart.toml")
     alone, both = plan(recipe), plan(recipe, machines=2, link="ethernet")
     rows = assembly.open_data(recipe, load_tokenizer(BUILTIN)).train

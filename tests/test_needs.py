@@ -5,13 +5,14 @@ import json
 import pytest
 from model_folders import BUILTIN
 
-from mlx_tuner import assembly, needs, training
 from mlx_tuner.commands.plan import padding, plan
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.model import load_tokenizer, read_config
 from mlx_tuner.recipe.load import parse_recipe
 from mlx_tuner.show import story
 from mlx_tuner.system import device
+from mlx_tuner.training import assembly, needs
+from mlx_tuner.training import finetune as training
 
 RECIPE = """
 [model]

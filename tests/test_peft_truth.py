@@ -11,7 +11,7 @@ from mlx_tuner.recipe.load import parse_recipe
 from mlx_tuner.runs.metrics import TrainRecord
 from mlx_tuner.runs.run import read_records
 from mlx_tuner.show.progress import Display
-from mlx_tuner.training import finetune
+from mlx_tuner.training.finetune import finetune
 
 ROWS, BATCH, EPOCHS = 20, 8, 7  # 8 + 8 + 4 rows an epoch, 21 steps
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

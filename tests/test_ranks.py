@@ -17,7 +17,6 @@ from ranked import OPTIONS, trained
 from test_supervisor import wait_for
 from tiny import relative_error
 
-from mlx_tuner import agreement
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.ranks import Ranks, shares
 from mlx_tuner.errors import EverywhereError
@@ -26,7 +25,8 @@ from mlx_tuner.runs import checkpoints, metrics
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.run import read_records, read_summary
 from mlx_tuner.system.launch import host
-from mlx_tuner.training import finetune
+from mlx_tuner.training import agreement
+from mlx_tuner.training.finetune import finetune
 
 lengths = st.lists(st.integers(1, 2000), max_size=40)
 

@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_tuner import assembly
 from mlx_tuner.bench import model as random
 from mlx_tuner.engine import batching, flops, lora, memory
 from mlx_tuner.engine.batching import Example, Step
@@ -19,6 +18,7 @@ from mlx_tuner.errors import Fault, ModelError, UsageError
 from mlx_tuner.models import architecture
 from mlx_tuner.models import model as models
 from mlx_tuner.system import device
+from mlx_tuner.training import assembly
 
 RANK, SCALE, LEARNING_RATE = 16, 2.0, 2e-4
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -130,7 +130,7 @@ def _train(
     from mlx_tuner.runs.run import read_records
     from mlx_tuner.show.progress import Display
     from mlx_tuner.show.report import report
-    from mlx_tuner.training import finetune
+    from mlx_tuner.training.finetune import finetune
 
     ranks = join(here.backend, own.met) if here else Ranks()
     with Display(quiet=quiet or not ranks.leads) as display:

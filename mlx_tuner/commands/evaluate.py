@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from pydantic import computed_field
 
-from mlx_tuner import assembly
 from mlx_tuner.commands import tasks
 from mlx_tuner.commands.intervals import Interval, Share, mean_over_targets
 from mlx_tuner.commands.quality import code_blocks, is_python, repeats_itself
@@ -35,6 +34,7 @@ from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.runs.verdict import against_base
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device, files
+from mlx_tuner.training import assembly
 from mlx_tuner.words import plural
 
 TASKS = "tasks.jsonl"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_tuner import assembly
 from mlx_tuner.data.dataset import Dataset, open_dataset
 from mlx_tuner.data.encode import Encoded, unwrap
 from mlx_tuner.data.order import in_validation
@@ -21,6 +20,7 @@ from mlx_tuner.models import model as models
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.show.progress import Display
+from mlx_tuner.training import assembly
 from mlx_tuner.words import plural
 
 _EXAMPLES = 3

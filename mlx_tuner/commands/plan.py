@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_tuner import assembly, needs
 from mlx_tuner.commands import links
 from mlx_tuner.data.dataset import Dataset, Task, untold
 from mlx_tuner.models import model as models
@@ -15,6 +14,7 @@ from mlx_tuner.models.architecture import parameter_count
 from mlx_tuner.models.folder import has_tokenizer
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
+from mlx_tuner.training import assembly, needs
 
 
 @dataclass(frozen=True)

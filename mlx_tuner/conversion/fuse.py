@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_tuner import __version__, assembly
+from mlx_tuner import __version__
 from mlx_tuner.conversion.fidelity import ROWS, Fidelity, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.conversion.logits import load_in_float32
 from mlx_tuner.conversion.work import CARD, DROPPED, Work, card_table, quantise, require_outside
@@ -31,6 +31,7 @@ from mlx_tuner.runs import own
 from mlx_tuner.runs.place import RECIPE
 from mlx_tuner.runs.run import LOSS_PLOT, read_summary
 from mlx_tuner.system import files
+from mlx_tuner.training import assembly
 
 if TYPE_CHECKING:
     from mlx_tuner.runs.metrics import Summary

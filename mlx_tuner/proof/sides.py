@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_tuner import assembly
 from mlx_tuner.engine.backend import CPU, GPU, Backend
+from mlx_tuner.training import assembly
 
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16}
 

@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_tuner import agreement, assembly
 from mlx_tuner.data.dataset import Dataset
 from mlx_tuner.engine import memory
 from mlx_tuner.engine.batching import MIN_SHARED_PREFIX, Sizes, sizes_of
@@ -27,6 +26,7 @@ from mlx_tuner.runs.checkpoints import MOST_AT_ONCE
 from mlx_tuner.runs.run import SUMMARY, read_summary
 from mlx_tuner.show import story
 from mlx_tuner.system import cache, device
+from mlx_tuner.training import agreement, assembly
 from mlx_tuner.words import size
 
 _SHORTER = (1024, 512, 256)

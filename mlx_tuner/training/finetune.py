@@ -6,7 +6,6 @@ import hashlib
 import io
 from pathlib import Path
 
-from mlx_tuner import agreement, assembly, needs, snapshot
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.engine.trainer import Trainer
@@ -18,9 +17,10 @@ from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.runs.pulse import Pulse
 from mlx_tuner.runs.run import Run
-from mlx_tuner.session import Progress, Session
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
+from mlx_tuner.training import agreement, assembly, needs, snapshot
+from mlx_tuner.training.session import Progress, Session
 
 SILENT = Pulse()
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner import agreement, assembly, snapshot
 from mlx_tuner.data.dataset import shared_rows
 from mlx_tuner.data.stream import prefetch
 from mlx_tuner.engine.batching import Example
@@ -43,6 +42,7 @@ from mlx_tuner.show import story
 from mlx_tuner.show.progress import Display
 from mlx_tuner.show.reporter import Reporter
 from mlx_tuner.system import device, files, interrupt
+from mlx_tuner.training import agreement, assembly, snapshot
 from mlx_tuner.words import plural
 
 NONFINITE_LIMIT = 3
