@@ -3,14 +3,11 @@
     python benchmarks/answers.py --model FOLDER --tasks HumanEval.jsonl.gz     # 16 prompts
     python benchmarks/answers.py --tasks HumanEval.jsonl.gz --runs adapters/*   # pass@1 of runs
 
-The second runs what the models write (`mlx-tune eval --allow-code-execution`).
+The second runs what the base and its fine-tunes write, one model after the other.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model")
     parser.add_argument("--tasks", type=Path, required=True, help="a file in HumanEval's format")
     parser.add_argument("--runs", nargs="*", type=Path, help="run folders, all of one base")
-    parser.add_argument("--data", type=Path, help="rows that all runs held out")
     parser.add_argument("--limit", type=int, help="the first tasks only")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--one", type=int, help="answer so many at once, here")
@@ -55,17 +51,12 @@ def main() -> None:
 
 def answering(args: Any) -> dict[str, float]:
     """The same answers, so many at once."""
-    from mlx_tuner.commands.tasks import BEGINNING, read_tasks
-    from mlx_tuner.models.answers import answer_all, prompt_tokens
+    from mlx_tuner.commands.tasks import read_tasks
+    from mlx_tuner.models.answers import answer_all
     from mlx_tuner.models.model import load
 
     loaded = load(Path(args.model))
-    begun = loaded.tokenizer.encode(BEGINNING, add_special_tokens=False)
-    prompts = [
-        prompt_tokens(loaded.tokenizer, [{"role": "user", "content": t.question}], loaded.path)
-        + begun
-        for t in read_tasks(args.tasks, PROMPTS)
-    ]
+    prompts = asked(loaded, read_tasks(args.tasks, PROMPTS))
     answer_all(loaded.model, loaded.tokenizer, prompts[:1], 2)
     start, tokens = time.perf_counter(), 0
     for first in range(0, PROMPTS, args.one):
@@ -77,29 +68,57 @@ def answering(args: Any) -> dict[str, float]:
 
 
 def programs(args: Any) -> dict[str, list[dict[str, float]]]:
-    """What `mlx-tune eval --tasks` says of each run, and of their base."""
+    """What the base, and each run's model, write, as `mlx-tune eval --tasks` has it tried."""
+    from mlx_tuner.commands.tasks import ENDS, read_tasks, run_all
+    from mlx_tuner.models.adapter import apply
+    from mlx_tuner.models.adapter_folder import read_adapter
+    from mlx_tuner.models.answers import answer_all
+    from mlx_tuner.models.base import resolve_base
+    from mlx_tuner.models.model import load
+
+    tasks = read_tasks(args.tasks, args.limit)
+    adapters = {run.name: read_adapter(run) for run in args.runs}
+    folder = resolve_base(next(iter(adapters.values())), args.model)
+    passed: dict[str, list[bool]] = {}
     sides: dict[str, list[dict[str, float]]] = {}
-    for run in args.runs:
-        words = ["eval", str(run), "--tasks", str(args.tasks), "--allow-code-execution", "--json"]
-        words += ["--samples", "0", "--max-tokens", str(args.max_tokens)]
-        words += ["--data", str(args.data)] if args.data else []
-        words += ["--limit", str(args.limit)] if args.limit else []
+    for name, adapter in {"base": None, **adapters}.items():
+        loaded = load(folder)
+        if adapter:
+            apply(loaded.model, adapter)
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_tuner", *words], stdout=subprocess.PIPE, check=True
-        )
+        prompts = asked(loaded, tasks)
+        said = answer_all(loaded.model, loaded.tokenizer, prompts, args.max_tokens, ends=ENDS)
         seconds = time.perf_counter() - start
-        found = json.loads(done.stdout)
-        for name, side in (("base", found["base"]), (run.name, found["tuned"])):
-            passes = side["passes"]
-            figures = {
-                "tasks": passes["of"],
-                "passed": passes["count"],
-                "pass_at_1": passes["count"] / passes["of"],
-                "held_out_loss": side["loss"]["value"],
+        written = [task.program(each.text) for task, each in zip(tasks, said, strict=True)]
+        passed[name] = [outcome == "passed" for outcome in run_all(written, lambda _: None)]
+        both = list(zip(passed["base"], passed[name], strict=True))
+        tokens = sum(each.tokens for each in said)
+        sides[name] = [
+            {
+                "tasks": len(tasks),
+                "passed": sum(passed[name]),
+                "pass_at_1": sum(passed[name]) / len(tasks),
+                "passed_before_only": both.count((True, False)),
+                "passed_now_only": both.count((False, True)),
+                "stopped": sum(each.stopped for each in said),
+                "tokens_an_answer": tokens / len(said),
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
             }
-            sides.setdefault(name, [figures | ({} if name == "base" else {"seconds": seconds})])
+        ]
+        print(name, sides[name][0], flush=True)
     return sides
+
+
+def asked(loaded: Any, tasks: Any) -> list[list[int]]:
+    """The prompts of tasks, each with the beginning of its answer."""
+    from mlx_tuner.commands.tasks import BEGINNING
+    from mlx_tuner.models.answers import prompt_tokens
+
+    tokenizer = loaded.tokenizer
+    begun = tokenizer.encode(BEGINNING, add_special_tokens=False)
+    spoken = [[{"role": "user", "content": task.question}] for task in tasks]
+    return [prompt_tokens(tokenizer, each, loaded.path) + begun for each in spoken]
 
 
 if __name__ == "__main__":

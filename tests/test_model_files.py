@@ -189,6 +189,7 @@ def test_another_kind_of_model_is_refused_with_the_list_of_ours(folder, model_ty
         ({"num_hidden_layers": True}, "num_hidden_layers: True is not a whole number"),
         ({"hidden_size": "64"}, "hidden_size: 64 is not a whole number"),
         ({"vocab_size": -1}, "vocab_size: -1 is not a whole number"),
+        ({"vocab_size": ...}, "vocab_size: missing"),
         ({"hidden_size": ...}, "no qwen2 model can be built from it"),
         ({"num_attention_heads": 0}, "no qwen2 model can be built from it"),
         ({"rope_scaling": 3}, "no qwen2 model can be built from it"),

@@ -262,7 +262,13 @@ class _Exam:
         model = trainer.tuned()
         with self.display.task(what, len(prompts)) as advance:
             return answer_all(
-                model, self.tokenizer, prompts, self.max_tokens, ends=ends, on_answer=advance
+                model,
+                self.tokenizer,
+                prompts,
+                self.max_tokens,
+                ends=ends,
+                on_token=lambda: advance(0),  # the first answer may be long in coming
+                on_answer=advance,
             )
 
 

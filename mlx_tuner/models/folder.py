@@ -178,6 +178,8 @@ def _config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not isinstance(texts, dict):
         yield "text_config", "must be an object"
         texts = {}
+    elif config.get("text_config", config).get("vocab_size") is None:
+        yield "text_config.vocab_size" if texts else "vocab_size", "missing"
     for name, table in (("", config), ("text_config.", texts)):
         for key, size in table.items():
             highest = _SIZES.get(key, _MAX_SIZE)

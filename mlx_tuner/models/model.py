@@ -92,9 +92,9 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
             raise
         what = f"cannot be loaded: {first_line(error)}"
         raise ModelError(Fault(str(folder), "tokenizer", what)) from None
-    rows = config.get("text_config", config).get("vocab_size")
+    rows = config.get("text_config", config)["vocab_size"]
     highest = max([*vocabulary.values(), *tokenizer.eos_token_ids], default=0)
-    if rows is not None and highest >= rows:
+    if highest >= rows:
         what = f"token id {highest}, but the embedding has {rows} rows"
         raise ModelError(Fault(str(folder), "tokenizer", what))
     templates = template.values() if isinstance(template, dict) else [template]
