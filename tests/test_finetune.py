@@ -13,13 +13,22 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
 from mlx_tuner.commands.generate import answer, load
-from mlx_tuner.errors import DataError, ModelError, RecipeError, RunError, UsageError
+from mlx_tuner.errors import (
+    DataError,
+    Fault,
+    ModelError,
+    RecipeError,
+    RunError,
+    RunStopped,
+    UsageError,
+)
 from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.recipe.load import load_recipe, parse_recipe
@@ -244,7 +253,72 @@ def test_a_second_signal_ends_a_run_at_once(root, tmp_path):
     hang = f"{ask}; [time.sleep(0.01) for _ in iter(lambda: {kept}, False)]; {ask}; time.sleep(1e6)"
     done = run_with(recipe_of(root), tmp_path / "run", hang)
     assert done.returncode == 130
+    assert f"{tmp_path / 'run'}: stopped at once; nothing was saved" in done.stderr
     assert not any((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def stopping_in(monkeypatch, step):
+    """A SIGTERM comes to this process in the given step of its run."""
+
+    def steps(*args, **kwargs):
+        for i, result in enumerate(train(*args, **kwargs), 1):
+            if i == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield result
+
+    train = session.train
+    monkeypatch.setattr(session, "train", steps)
+
+
+def test_a_run_stopped_before_its_first_evaluation_has_its_last_adapter(
+    root, tmp_path, monkeypatch
+):
+    stopping_in(monkeypatch, 1)
+    with pytest.raises(RunStopped):
+        run_recipe(recipe_of(root), tmp_path / "run")
+    assert_same_adapter(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001")
+
+
+def test_the_adapter_that_a_full_disk_kept_from_being_published_is_so_on_resuming(
+    root, tmp_path, monkeypatch
+):
+    text = RECIPE.replace('valid = "python_valid.jsonl"\n', "")
+    recipe = recipe_of(root, text, train__max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "publish", Mock(side_effect=RunError(Fault("here", "", "full"))))
+        with pytest.raises(RunError, match="full"):
+            run_recipe(recipe, tmp_path / "run")
+    assert run_recipe(recipe, tmp_path / "run", resume=True).steps == 2
+    assert_same_adapter(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000002")
+
+
+def test_a_run_that_goes_on_has_the_best_adapter_that_its_checkpoint_knows(
+    root, tmp_path, monkeypatch
+):
+    """One of later steps may lie there, of a course that is not taken again."""
+    stopping_in(monkeypatch, 4)
+    with pytest.raises(RunStopped):
+        run_recipe(recipe_of(root), tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert_same_adapter(tmp_path / "run", checkpoints / "step-00000003")
+    shutil.copy(checkpoints / "step-00000004" / "adapters.safetensors", tmp_path / "run")
+    monkeypatch.setattr(session, "train", lambda *_, **__: iter(()))
+    run_recipe(recipe_of(root), tmp_path / "run", resume=True)
+    assert_same_adapter(tmp_path / "run", checkpoints / "step-00000003")
+
+
+def test_a_run_whose_files_have_moved_is_the_same_run(finished, root, tmp_path):
+    path, summary = finished
+    (tmp_path / "data").mkdir()
+    for name in ("python_100.jsonl", "python_valid.jsonl"):
+        shutil.copy(root / "data" / name, tmp_path / "data")
+    shutil.copytree(path, tmp_path / "run")
+    assert run_recipe(recipe_of(tmp_path), tmp_path / "run", resume=True) == summary
+    others = tmp_path / "data" / "others.jsonl"
+    (tmp_path / "data" / "python_100.jsonl").rename(others)
+    recipe = recipe_of(tmp_path, data__train=f"'{others}'")
+    with pytest.raises(RecipeError, match=r"data.train: is .*others.jsonl', but the run began"):
+        run_recipe(recipe, tmp_path / "run", resume=True)
 
 
 def test_resuming_with_another_recipe_names_what_differs(finished, root):

@@ -14,7 +14,7 @@ from run_records import begin, train_record
 from mlx_tuner.errors import RunError, UsageError
 from mlx_tuner.runs.checkpoints import newest
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
-from mlx_tuner.runs.place import is_run, is_running
+from mlx_tuner.runs.place import Claim, is_run, is_running
 from mlx_tuner.runs.run import Run, read_records, read_summary
 from mlx_tuner.system import files
 
@@ -110,6 +110,23 @@ def test_an_overwritten_run_comes_back_where_the_new_one_saves_nothing(tmp_path)
         run.append(logged(7))
         run.publish(writer("new"))
     assert without_lock(run.path) == before
+
+
+def test_an_overwritten_run_comes_back_when_the_parent_of_a_killed_one_lets_go(tmp_path):
+    before = old_run(tmp_path / "run")
+    claim = Claim(tmp_path / "run", overwrite=True)
+    killed = Run(tmp_path / "run", overwrite=True, held=os.dup(claim.descriptor))
+    killed.begin("new")
+    assert without_lock(tmp_path / "run") != before
+    claim.release()
+    assert without_lock(tmp_path / "run") == before
+
+
+def test_a_run_that_was_copied_without_hidden_files_is_a_run(tmp_path):
+    old_run(tmp_path / "run")
+    (tmp_path / "run" / ".lock").unlink()
+    with Run(tmp_path / "run", resume=True) as run:
+        assert run.checkpoint.step == 1
 
 
 class Killed(BaseException):

@@ -28,8 +28,8 @@ from mlx_tuner.models.weights import is_finite
 from mlx_tuner.recipe.load import load_recipe
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs import own
-from mlx_tuner.runs.place import RECIPE
-from mlx_tuner.runs.run import LOSS_PLOT, read_summary
+from mlx_tuner.runs.place import LOSS_PLOT, RECIPE
+from mlx_tuner.runs.run import read_summary
 from mlx_tuner.system import files
 from mlx_tuner.training import assembly
 

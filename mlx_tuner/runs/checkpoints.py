@@ -59,13 +59,13 @@ def save(
         state: plain values, kept in `state.json` with the step.
         size: bytes that it takes, for the message of a full disk.
     """
-    path = run / CHECKPOINTS / _name(step)
+    path = run / CHECKPOINTS / name_of(step)
     if path.exists():  # did not verify, or this run would have gone on from it
         files.remove(path)
     with files.staging(path, size) as folder:
         write(folder)
         files.write_json(folder / STATE, {"step": step, **state})
-    kept = {*names(run)[:_KEPT], _name(best_step or 0)}
+    kept = {*names(run)[:_KEPT], name_of(best_step or 0)}
     for name in names(run):
         if name not in kept:
             files.remove(run / CHECKPOINTS / name)
@@ -78,5 +78,6 @@ def names(run: Path) -> list[str]:
     return sorted((p.name for p in paths if p.name[5:].isdecimal() and p.is_dir()), reverse=True)
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from mlx_tuner.errors import DataError, Fault, ModelError, RecipeError, RunError
@@ -15,6 +16,8 @@ ON_REQUEST = {"epochs", "max_steps", "eval_every", "early_stopping_patience", "l
 """Keys of [train] that change it in a defined way, from the checkpoint on."""
 CHECKED = ("model", "data", "lora", "train")
 """Tables that decide a result."""
+PLACES = {"data.train", "data.valid", "model.path", "lora.init_from"}
+"""Keys that name files, which may have moved, or are elsewhere on another machine."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Identity:
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) == new.get(key) or (table == "train" and key in FREE):
                     continue
+                if f"{table}.{key}" in PLACES and _has_moved(old.get(key), new.get(key)):
+                    continue
                 on_request = table == "train" and key in ON_REQUEST
                 if on_request and allow_change:
                     continue
@@ -83,6 +88,12 @@ class Identity:
                 )
                 faults.append(Fault(source, f"{table}.{key}", what))
         return faults
+
+
+def _has_moved(old: object, new: object) -> bool:
+    """Whether two places may hold the same file: what is in them is compared as well."""
+    both = isinstance(old, str) and isinstance(new, str)
+    return both and PurePath(str(old)).name == PurePath(str(new)).name
 
 
 def _short(digest: object) -> str:

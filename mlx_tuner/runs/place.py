@@ -8,16 +8,42 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_tuner.errors import Fault, RunError, UsageError
+from mlx_tuner.runs import checkpoints
+from mlx_tuner.runs.checkpoints import CHECKPOINTS
 from mlx_tuner.system import files, lock
 
 RECIPE = "recipe.toml"
+ADAPTER = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 METRICS = "metrics.jsonl"
+DISCARDED = "metrics.discarded.jsonl"
+SUMMARY = "summary.json"
+LOSS_PLOT = "loss.png"
+REPORT = "report.html"
+SAMPLES = "samples.jsonl"
+GRAD_NORM_PLOT = "grad_norm.png"
+QUARANTINE = "quarantine.jsonl"
 CRASH_LOG = "crash.log"
 PREVIOUS = ".previous"
 """A run that is being replaced, until the new one has its first checkpoint."""
 RETURNING = ".returning"
 """A run that is half way into `PREVIOUS`, or out of it again."""
 LOCK = ".lock"
+OURS = (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    METRICS,
+    DISCARDED,
+    QUARANTINE,
+    SUMMARY,
+    REPORT,
+    SAMPLES,
+    LOSS_PLOT,
+    GRAD_NORM_PLOT,
+    CHECKPOINTS,
+    RECIPE,
+)
+"""What `overwrite` replaces. The recipe is the last to go and to come back: it makes a run."""
 
 
 class Claim:
@@ -42,7 +68,8 @@ class Claim:
         if resume and not is_run(path):
             what = "there is no run to resume; start without --resume"
             raise RunError(Fault(str(path), "", what))
-        if content(path) and not (path / LOCK).exists():
+        # A run that was copied without its hidden files is one still.
+        if content(path) and not (path / LOCK).exists() and not checkpoints.names(path):
             what = "is not empty and not a run; choose another folder with --run-dir"
             raise UsageError(Fault(str(path), "", what))
         self._is_new = not (path / LOCK).exists()
@@ -52,25 +79,53 @@ class Claim:
             files.make_folder(path)
             held = lock.acquire(path / LOCK, _owner())
         self.descriptor = held
-        if not resume and not overwrite and is_run(path):
+        try:
+            put_back(path)
+            if not resume and not overwrite and is_run(path):
+                what = (
+                    "has a run in it; continue it with --resume, replace it with --overwrite, "
+                    "or choose another folder with --run-dir"
+                )
+                raise UsageError(Fault(str(path), "", what))
+        except BaseException:
             self.release()
-            what = (
-                "has a run in it; continue it with --resume, replace it with --overwrite, "
-                "or choose another folder with --run-dir"
-            )
-            raise UsageError(Fault(str(path), "", what))
+            raise
 
     def release(self) -> None:
-        """Give the folder back as it was, if no run has begun in it."""
+        """Give the folder back: with an earlier run that was not replaced, or as it was."""
         if self.descriptor < 0:
             return
-        alone = list(self.path.iterdir()) == [self.path / LOCK]
-        if self._is_new and alone and not self._inherited:
-            files.discard(self.path / LOCK)
-            for folder in self._made:
-                files.discard_empty(folder)
-        os.close(self.descriptor)
-        self.descriptor = -1
+        try:
+            put_back(self.path)
+            alone = list(self.path.iterdir()) == [self.path / LOCK]
+            if self._is_new and alone and not self._inherited:
+                files.discard(self.path / LOCK)
+                for folder in self._made:
+                    files.discard_empty(folder)
+        finally:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def put_back(path: Path) -> None:
+    """Bring back an earlier run that `Run.begin` set aside, if no checkpoint followed.
+
+    It may be called again after it was interrupted, or after `begin` was.
+    """
+    previous, returning = path / PREVIOUS, path / RETURNING
+    if previous.is_dir():
+        if checkpoints.newest(path)[0] is not None:
+            files.remove(previous)
+            return
+        for name in OURS:
+            if (path / name).exists():
+                files.remove(path / name)
+        files.move(previous, returning)
+    if returning.is_dir():
+        for name in OURS:
+            if (returning / name).exists():
+                files.move(returning / name, path / name)
+        files.remove(returning)
 
 
 def default_folder(recipe: Path) -> Path:

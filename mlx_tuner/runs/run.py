@@ -12,31 +12,21 @@ from mlx_tuner.errors import Fault, RunError
 from mlx_tuner.runs import checkpoints, own
 from mlx_tuner.runs.checkpoints import CHECKPOINTS
 from mlx_tuner.runs.metrics import Record, Sample, Summary, record_from_json
-from mlx_tuner.runs.place import METRICS, PREVIOUS, RECIPE, RETURNING, Claim, keep_out
-from mlx_tuner.system import files
-
-DISCARDED = "metrics.discarded.jsonl"
-SUMMARY = "summary.json"
-LOSS_PLOT = "loss.png"
-REPORT = "report.html"
-SAMPLES = "samples.jsonl"
-GRAD_NORM_PLOT = "grad_norm.png"
-QUARANTINE = "quarantine.jsonl"
-_OURS = (
-    "adapters.safetensors",
-    "adapter_config.json",
-    METRICS,
+from mlx_tuner.runs.place import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     DISCARDED,
-    QUARANTINE,
-    SUMMARY,
-    REPORT,
-    SAMPLES,
-    LOSS_PLOT,
-    GRAD_NORM_PLOT,
-    CHECKPOINTS,
+    METRICS,
+    OURS,
+    PREVIOUS,
     RECIPE,
+    RETURNING,
+    SAMPLES,
+    SUMMARY,
+    Claim,
+    keep_out,
 )
-"""What `overwrite` replaces. The recipe is the last to go and to come back: it makes a run."""
+from mlx_tuner.system import files
 
 
 class Run:
@@ -63,7 +53,6 @@ class Run:
         self.rejected: list[str] = []
         """Checkpoints newer than the one that is used, and why they are not."""
         try:
-            self._put_back()
             files.sweep(path)
             if (path / CHECKPOINTS).is_dir():
                 files.sweep(path / CHECKPOINTS)
@@ -91,7 +80,7 @@ class Run:
         """
         keep_out(self.path, keep_out_of)
         aside = self.path / RETURNING
-        there = [name for name in _OURS if (self.path / name).exists()]
+        there = [name for name in OURS if (self.path / name).exists()]
         if there:
             files.make_folder(aside)
             for name in there:
@@ -169,42 +158,30 @@ class Run:
         with files.filling(self.path, size) as folder:
             write(folder)
 
+    def publish_kept(self, step: int) -> None:
+        """Publish the adapter of the checkpoint after `step` steps, if it is still there."""
+        kept = self.path / CHECKPOINTS / checkpoints.name_of(step)
+
+        def copy(folder: Path) -> None:
+            for name in (ADAPTER, ADAPTER_CONFIG):
+                files.write_bytes(folder / name, (kept / name).read_bytes())
+
+        if kept.exists():
+            self.publish(copy)
+
     def write_summary(self, summary: Summary) -> None:
         """Keep `summary.json`."""
         files.write_json(self.path / SUMMARY, summary.to_json())
 
     def close(self) -> None:
         """Give the folder back, with an earlier run in it that was not replaced after all."""
-        try:
-            self._put_back()
-        finally:
-            self._claim.release()
+        self._claim.release()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _put_back(self) -> None:
-        """Bring back an earlier run that `begin` set aside, if no checkpoint followed.
-
-        It may be called again after it was interrupted, or after `begin` was.
-        """
-        previous, returning = self.path / PREVIOUS, self.path / RETURNING
-        if previous.is_dir():
-            if checkpoints.newest(self.path)[0] is not None:
-                files.remove(previous)
-                return
-            for name in _OURS:
-                if (self.path / name).exists():
-                    files.remove(self.path / name)
-            files.move(previous, returning)
-        if returning.is_dir():
-            for name in _OURS:
-                if (returning / name).exists():
-                    files.move(returning / name, self.path / name)
-            files.remove(returning)
 
     def _cut_metrics(self, size: int) -> None:
         """Leave the first `size` bytes of the metrics; whole lines after them are set aside."""

@@ -73,7 +73,7 @@ def supervise(
             if not peers.alone:
                 return state.end_together(cause, child)
             if state.relay.signal is not None and (cause or child.code < 0):
-                return 128 + state.relay.signal
+                return state.stopped(child)
             if cause is None:
                 return child.code
             state.note_crash(cause, child)
@@ -81,7 +81,7 @@ def supervise(
                 say(f"error: {path}: training died: {cause.sentence}; {state.advice()}")
                 return 1
             if not state.wait():
-                return 128 + int(state.relay.signal or 0)
+                return state.stopped(child)
 
 
 @dataclass
@@ -113,6 +113,12 @@ class _State:
         with suppress(Exception):  # a full disk is no reason to lose the sentence too
             files.append_line(self.path / CRASH_LOG, lines)
 
+    def stopped(self, child: _Child) -> int:
+        """Say what is left of a run that a signal stopped between its steps; the exit code."""
+        left = "continue with --resume" if child.saved >= 0 or self.resume else "nothing was saved"
+        self.say(f"{self.path}: stopped at once; {left}")
+        return 128 + int(self.relay.signal or 0)
+
     def end_together(self, cause: Cause | None, child: _Child) -> int:
         """End this rank of a run when all of them end; the exit code.
 
@@ -125,7 +131,7 @@ class _State:
             why = "a signal stopped it before its first step, or a second one at once"
         ending = peers.ended(child.code, why, text, secondary=causes.is_of_others(text))
         if by_signal:
-            return 128 + int(self.relay.signal or 0)
+            return self.stopped(child)
         if ending is None or (cause is None and child.code > 0):
             return child.code
         if peers.lead:

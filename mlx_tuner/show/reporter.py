@@ -7,14 +7,8 @@ from typing import Any
 
 from mlx_tuner.runs.meter import Meter
 from mlx_tuner.runs.metrics import RUNNING, Facts, Record, Sample, Summary, summarise
-from mlx_tuner.runs.run import (
-    GRAD_NORM_PLOT,
-    LOSS_PLOT,
-    REPORT,
-    Run,
-    read_records,
-    read_samples,
-)
+from mlx_tuner.runs.place import GRAD_NORM_PLOT, LOSS_PLOT, REPORT
+from mlx_tuner.runs.run import Run, read_records, read_samples
 from mlx_tuner.show import page, plots
 from mlx_tuner.show.progress import Display
 from mlx_tuner.show.trackers import Trackers

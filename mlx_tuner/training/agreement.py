@@ -12,12 +12,10 @@ import numpy as np
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.errors import EverywhereError, Fault
-from mlx_tuner.runs.identity import CHECKED, Identity
+from mlx_tuner.runs.identity import CHECKED, PLACES, Identity
 from mlx_tuner.system import launch
 
 _PACKAGES = ("mlx-lora-tuner", "mlx", "mlx-lm", "transformers", "numpy")
-_PLACES = {"data.train", "data.valid", "model.path", "lora.init_from"}
-"""Keys that name files, which may be elsewhere on each machine; what is in them is compared."""
 _ALIKE = 1.15
 """Times that one machine may seem faster than another and count as the same."""
 
@@ -52,7 +50,7 @@ def _facts(same: Identity) -> dict[str, Any]:
         f"{table}.{key}": value
         for table in CHECKED
         for key, value in same.recipe[table].items()
-        if f"{table}.{key}" not in _PLACES
+        if f"{table}.{key}" not in PLACES
     }
     contents = {
         **{f"rows of data.{name}": digest for name, digest in same.rows.items()},

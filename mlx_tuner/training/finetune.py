@@ -112,6 +112,7 @@ def finetune(
                 if session.is_finished():
                     return session.already_finished()
                 run.go_on(recipe.to_toml())
+                session.publish_kept()
             else:
                 run.begin(recipe.to_toml(), keep_out_of=[folder])
             return session.run_all()

@@ -23,7 +23,8 @@ from mlx_tuner.models import architecture
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.checkpoints import MOST_AT_ONCE
-from mlx_tuner.runs.run import SUMMARY, read_summary
+from mlx_tuner.runs.place import SUMMARY
+from mlx_tuner.runs.run import read_summary
 from mlx_tuner.show import story
 from mlx_tuner.system import cache, device
 from mlx_tuner.training import agreement, assembly

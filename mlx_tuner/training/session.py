@@ -32,12 +32,9 @@ from mlx_tuner.runs.metrics import (
     Sample,
     Summary,
 )
+from mlx_tuner.runs.place import QUARANTINE
 from mlx_tuner.runs.pulse import Pulse
-from mlx_tuner.runs.run import (
-    QUARANTINE,
-    Run,
-    read_summary,
-)
+from mlx_tuner.runs.run import Run, read_summary
 from mlx_tuner.show import story
 from mlx_tuner.show.progress import Display
 from mlx_tuner.show.reporter import Reporter
@@ -119,7 +116,8 @@ class Session:
                     status = STOPPED_EARLY
                 elif self._is_to_stop(result, signal) and step < steps:
                     status = STOPPED
-                if step % every.save_every == 0 or step == steps or status != FINISHED:
+                due = step % every.save_every == 0 or step == self.progress.best_step
+                if due or step == steps or status != FINISHED:
                     self._save()
                 if status != FINISHED:
                     break
@@ -148,7 +146,16 @@ class Session:
         summary = read_summary(self.run.path) if self.trainer.ranks.leads else None
         if summary is not None and summary.steps == self.progress.step:
             return self._told(summary)
+        self.publish_kept()
         return self._finish(STOPPED_EARLY if early else FINISHED)
+
+    def publish_kept(self) -> None:
+        """Publish the best adapter that the checkpoint knows of, as its process may not have."""
+        best = self.progress.best_step
+        if best is None or best == self.progress.step:
+            self._publish()
+        else:
+            self.run.publish_kept(best)
 
     def _announce(self) -> None:
         if self.pulse.restarts is not None:
@@ -268,7 +275,7 @@ class Session:
             self._reporter.refresh(self.progress.meter, **self._speeds)
 
     def _evaluate(self) -> None:
-        """Measure the validation loss; the adapter of the best one is the run's."""
+        """Measure the validation loss."""
         if self.data.valid is None:
             return
         with self.display.task("evaluating"), self.progress.meter.timing("evaluating"):
@@ -281,7 +288,6 @@ class Session:
         if best:
             progress.best_step, progress.best_val_loss = progress.step, loss
             progress.evaluations_since_best = 0
-            self._publish()
         elif progress.step > 0:
             progress.evaluations_since_best += 1
 
@@ -325,7 +331,7 @@ class Session:
             raise EverywhereError(Fault(self.recipe.data.train, "", cause))
 
     def _save(self) -> None:
-        """Keep a checkpoint; without validation rows its adapter is the run's too."""
+        """Keep a checkpoint; its adapter is the run's, unless an earlier one was better."""
         agreement.require_one_state(self.trainer.ranks, self.trainer.state, self.progress.step)
         if self.data.train.left_out.late:
             self._quarantine()
@@ -343,7 +349,7 @@ class Session:
                 size=snapshot.checkpoint_bytes(self.trainer),
             )
             self.pulse.saved(self.progress.step)
-            if self.data.valid is None:
+            if self.progress.best_step in (None, self.progress.step):
                 self._publish()
 
     def _publish(self) -> None:
