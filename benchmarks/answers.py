@@ -77,14 +77,14 @@ def programs(args: Any) -> dict[str, list[dict[str, float]]]:
     from mlx_tuner.models.model import load
 
     tasks = read_tasks(args.tasks, args.limit)
-    adapters = {run.name: read_adapter(run) for run in args.runs}
-    folder = resolve_base(next(iter(adapters.values())), args.model)
+    folder = resolve_base(read_adapter(args.runs[0]), args.model)
     passed: dict[str, list[bool]] = {}
     sides: dict[str, list[dict[str, float]]] = {}
-    for name, adapter in {"base": None, **adapters}.items():
+    for run in (None, *args.runs):
+        name = run.name if run else "base"
         loaded = load(folder)
-        if adapter:
-            apply(loaded.model, adapter)
+        if run:
+            apply(loaded.model, read_adapter(run))
         start = time.perf_counter()
         prompts = asked(loaded, tasks)
         said = answer_all(loaded.model, loaded.tokenizer, prompts, args.max_tokens, ends=ENDS)
