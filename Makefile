@@ -51,7 +51,7 @@ demo: $(VENV)/.installed
 	@$(PRELOAD) $(BIN)/mlx-tune generate $(RUN_DIR) '$(PROMPT)' --max-tokens 100
 
 # Two processes side by side, on matrices too small for threads.
-PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test: $(VENV)/.test
 	$(PYTEST)

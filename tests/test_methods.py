@@ -24,6 +24,7 @@ from mlx_tuner.models.adapter import Adapter, apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.training.finetune import finetune
 
 STEPS, RATE, DECAY, SEED = 8, 5e-3, 0.1, 7
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -236,29 +237,25 @@ def test_dropout_beside_dora_is_refused():
 
 
 @pytest.mark.slow
-def test_a_run_with_every_method_resumes_and_is_fused(tmp_path, capfd):
+def test_a_run_with_every_method_resumes_and_is_fused(tmp_path):
     few = ["data.limit=8", "train.max_steps=4", "train.save_every=2", "train.warmup_steps=0"]
     methods = ["lora.variant=dora", "train.lora_plus_ratio=8", "train.neftune_noise=5"]
-    sets = [word for text in [*few, *methods] for word in ("--set", text)]
-    run = str(tmp_path / "run")
-    done = CliRunner().invoke(main, ["run", "quickstart", "--run-dir", run, "--json", *sets])
-    assert done.exit_code == 0, done.output
-    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    recipe, run = load_recipe("quickstart", [*few, *methods]), tmp_path / "run"
+    finetune(recipe, run)
+    config = json.loads((run / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "dora"
     end = dict(mx.load(f"{run}/adapters.safetensors"))
     mx.eval(end)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    done = CliRunner().invoke(main, ["run", "quickstart", "--run-dir", run, "--resume", *sets])
-    assert done.exit_code == 0, done.output
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    finetune(recipe, run, resume=True)
     again = mx.load(f"{run}/adapters.safetensors")
     assert all(mx.array_equal(again[name], end[name]) for name in end)
-    done = CliRunner().invoke(main, ["fuse", run, "-o", str(tmp_path / "fused")])
+    done = CliRunner().invoke(main, ["fuse", str(run), "-o", str(tmp_path / "fused")])
     assert done.exit_code == 0, done.output
     # What starts from it must be of its variant.
-    start = ["--set", f"lora.init_from={run}", "--run-dir", str(tmp_path / "next"), *sets[:8]]
-    done = CliRunner().invoke(main, ["run", "quickstart", *start])
-    assert done.exit_code == 2
-    assert 'set lora.variant = "dora"' in capfd.readouterr().err  # the child's
+    start = load_recipe("quickstart", [f"lora.init_from={run}", *few])
+    with pytest.raises(RecipeError, match=r'set lora\.variant = "dora"'):
+        finetune(start, tmp_path / "next")
 
 
 # ---- NEFTune -------------------------------------------------------------------------------------

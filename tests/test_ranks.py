@@ -51,10 +51,10 @@ def test_rows_go_back_and_forth_and_a_fast_rank_has_more_of_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_train_the_adapter_of_one(tmp_path: Path, ranks: int) -> None:
+def test_ranks_train_the_adapter_of_one(tmp_path: Path) -> None:
+    ranks = 3
     script = [sys.executable, str(Path(__file__).with_name("ranked.py")), str(tmp_path)]
-    script.append(json.dumps([1.0, 2.0, 1.0][:ranks]))
+    script.append(json.dumps([1.0, 2.0, 1.0]))
     stdin, held = os.pipe()  # of an input that has ended mlx.launch would read again and again
     launch = [Path(sys.executable).with_name("mlx.launch"), f"-n{ranks}", f"-p{free_ports(ranks)}"]
     process = subprocess.Popen([*launch, "--", *script], stdin=stdin)

@@ -20,6 +20,8 @@ from model_folders import BUILTIN, loss_by_mlx_lm, make_adapter
 
 from mlx_tuner.cli import main
 from mlx_tuner.models.adapter import write_adapter
+from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.training.finetune import finetune
 
 IDS = [[5, 300, 17, 999, 2, 1024]]
 ROWS = [
@@ -65,12 +67,11 @@ def test_we_train_on_a_folder_of_ours(made, tmp_path):
         "[train]\nmax_steps = 1\nbatch_size = 4\nlearning_rate = 1e-4\nlog_every = 1\n"
     )
     run = tmp_path / "run"
-    done("run", tmp_path / "on.toml", "--run-dir", run)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = finetune(load_recipe(tmp_path / "on.toml"), run)
     config = json.loads((made / "config.json").read_text())
     rounding = 0.02 if config["torch_dtype"] == "bfloat16" else 1e-5
     expected, _ = loss_by_mlx_lm(made, None, ROWS)
-    assert summary["first_loss"] == pytest.approx(expected, rel=rounding)
+    assert summary.first_loss == pytest.approx(expected, rel=rounding)
     assert done("generate", run, "Add 3.", "--max-tokens", 3)
 
 
