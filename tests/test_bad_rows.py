@@ -56,7 +56,7 @@ def check(
         result = CliRunner().invoke(main, ["data", str(tmp_path / file), *arguments])
         assert result.exception is None or isinstance(result.exception, SystemExit)
         assert tree(tmp_path) == before
-        assert "Traceback" not in result.output
+        assert "crash.log" not in result.stderr  # which holds what nobody foresaw
         prefix, folder = "mlx-tune: error: ", f"{tmp_path}/"
         lines = [line for line in result.stderr.splitlines() if line.startswith(prefix)]
         errors = [line.removeprefix(prefix).replace(folder, "") for line in lines]

@@ -215,6 +215,47 @@ def test_a_chat_template_that_cannot_ask_is_an_error(
     assert lines[-1] == f"mlx-tune: error: {model}: chat_template: {said}"
 
 
+# ---- what nobody foresaw: 1 --------------------------------------------------------------------
+
+NO_MEMORY = (
+    "[METAL] Command buffer execution failed: Insufficient Memory "
+    "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)\nand more"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(NO_MEMORY), "the GPU or the machine ran out of memory; close other programs"),
+        (RuntimeError("[METAL] Command buffer execution failed: x"), "the GPU's work failed; "),
+        (KeyError("layers"), "KeyError: 'layers'; "),
+        (
+            PermissionError(13, "Permission denied", "/my/cuda"),
+            "PermissionError: [Errno 13] Permission denied: '/my/cuda'; ",
+        ),
+    ],
+)
+def test_any_exception_is_a_line_that_names_the_file_with_its_traceback(
+    mlx_tune: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def listed() -> None:
+        raise error
+
+    monkeypatch.setattr("mlx_tuner.commands.init.listed", listed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    [line] = mlx_tune.refused(1, "recipes")
+    assert line.startswith(f"mlx-tune: error: {said}")
+    kept = Path(line.rpartition("; see ")[2]).read_text().splitlines()
+    assert kept[0].startswith("Traceback")
+    assert " in listed" in "".join(kept)
+    (tmp_path / "mlx-tune" / "crash.log").unlink()
+    (tmp_path / "mlx-tune").rmdir()
+    (tmp_path / "mlx-tune").touch()  # a folder that cannot be made
+    [line] = mlx_tune.refused(1, "recipes")
+    assert line.startswith(f"mlx-tune: error: {said}")
+    assert "crash.log" not in line
+
+
 # ---- what goes where ---------------------------------------------------------------------------
 
 
@@ -319,7 +360,7 @@ def test_a_reader_that_leaves_causes_no_traceback(command: str, finished: Path) 
         )
     finally:
         os.close(writing)
-    assert "Traceback" not in done.stderr
+    assert "crash.log" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
 

@@ -72,11 +72,14 @@ def invoke(words: list[str]) -> tuple[int, str]:
     if words[0] == "run":
         program = [sys.executable, "-m", "mlx_tuner", *words]
         done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
-        return done.returncode, done.stderr
-    with at_most(30):
-        result = CliRunner().invoke(main, words)
-    assert isinstance(result.exception, SystemExit), result.exception or result.output
-    return result.exit_code, result.stderr
+        code, output = done.returncode, done.stderr
+    else:
+        with at_most(30):
+            result = CliRunner().invoke(main, words)
+        assert isinstance(result.exception, SystemExit), result.exception or result.output
+        code, output = result.exit_code, result.stderr
+    assert "crash.log" not in output  # which holds what nobody foresaw
+    return code, output
 
 
 def refusal(
@@ -112,7 +115,6 @@ def refusal(
     lines = [line for line in output.splitlines() if line.startswith("mlx-tune: error: ")]
     assert code == 1, output
     assert lines, output
-    assert "Traceback" not in output
     assert "\x1b" not in "".join(lines)
     assert files_below(tmp_path) == before
     return "\n".join(lines)
@@ -325,7 +327,7 @@ def test_one_ctrl_c_ends_a_command_whose_template_does_not_end(model, tmp_path):
         finally:
             process.kill()
     assert process.returncode == 1
-    assert "Traceback" not in output
+    assert output.endswith("Aborted!\n")
 
 
 def test_a_header_of_58_megabytes_is_refused_before_it_is_read(model, tmp_path):
