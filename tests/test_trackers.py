@@ -7,6 +7,7 @@ from run_records import evaluation, summary_of, train_record
 
 from mlx_tuner.show import trackers
 from mlx_tuner.show.trackers import Trackers
+from mlx_tuner.system import install
 
 RECORDS = [train_record(10, 1.25), evaluation(10, 0.75), train_record(20, 1.0)]
 
@@ -107,4 +108,4 @@ def test_one_that_is_not_installed_is_named_with_what_installs_it(name, tmp_path
     for module in ("tensorboard.summary", "mlflow.tracking", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)
     (note,) = told(name, tmp_path / "run")
-    assert note == f"{name} is left out: not installed; pip install 'mlx-lora-tuner[{name}]'"
+    assert note == f"{name} is left out: not installed; {install.extra(name)}"

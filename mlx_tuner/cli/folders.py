@@ -9,6 +9,7 @@ import click
 
 from mlx_tuner.cli.options import base_option, example, output_option, push_option, quantize_options
 from mlx_tuner.errors import Fault, UsageError
+from mlx_tuner.system import install
 from mlx_tuner.words import size
 
 
@@ -169,7 +170,7 @@ def export(
         except ModuleNotFoundError as error:
             if error.name != "gguf":
                 raise
-            what = "writing GGUF needs the gguf package; pip install 'mlx-lora-tuner[gguf]'"
+            what = f"writing GGUF needs the gguf package; {install.extra('gguf')}"
             raise UsageError(what) from None
         from mlx_tuner.show.progress import Display
 

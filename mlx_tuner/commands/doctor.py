@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
+from mlx_tuner.system import install
 from mlx_tuner.words import ram, size
 
 if TYPE_CHECKING:
     from mlx_tuner.system.device import Machine, Probe
 
-DISTRIBUTION = "mlx-lora-tuner"
 EXTRAS = {
     "cuda": "training on NVIDIA GPUs",
     "gguf": "`mlx-tune export --to gguf`",
@@ -86,7 +86,8 @@ def examine(probe: Probe | None = None) -> Report:
     try:
         from mlx_tuner.system import device
     except ImportError as error:
-        advice = "MLX needs macOS 14+ on Apple silicon, or Linux: pip install --force-reinstall mlx"
+        command = install.packages("--force-reinstall mlx")
+        advice = f"MLX needs macOS 14+ on Apple silicon, or Linux: {command}"
         findings.append(Finding("fix", "MLX", f"cannot be imported: {error}", advice))
         return Report(None, tuple(findings))
     probe = probe or device.Probe()
@@ -114,7 +115,7 @@ def _packages() -> Iterator[Finding]:
                 yield Finding("ok", requirement.name, installed)
             continue
         name = f'"{requirement.name}{requirement.specifier}"'
-        yield Finding("fix", requirement.name, what, f"pip install -U {name}")
+        yield Finding("fix", requirement.name, what, install.packages(f"-U {name}"))
 
 
 def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
@@ -129,7 +130,7 @@ def _device(machine: Machine, probe: Probe) -> Iterator[Finding]:
     except (RuntimeError, ValueError) as error:
         package = "'mlx[cuda13]'" if machine.backend == "cuda" else "mlx"
         what = f"{chip}: {machine.backend} cannot multiply: {error}"
-        yield Finding("fix", "device", what, f"pip install --force-reinstall {package}")
+        yield Finding("fix", "device", what, install.packages(f"--force-reinstall {package}"))
         return
     yield Finding("ok", "system", f"{machine.os}, Python {machine.python}")
     yield Finding("ok", "device", f"{chip}; backend {machine.backend}")
@@ -222,13 +223,13 @@ def _extras() -> Iterator[Finding]:
             if not all(map(_installed, _distributions(requirement)))
         ]
         if missing:
-            advice = f"for {purpose}: pip install '{DISTRIBUTION}[{extra}]'"
+            advice = f"for {purpose}: {install.extra(extra)}"
             yield Finding("note", f"extra {extra}", "not installed", advice)
         else:
             yield Finding("ok", f"extra {extra}", "installed")
 
 
-def _requirements(extra: str = "", of: str = DISTRIBUTION) -> list[Requirement]:
+def _requirements(extra: str = "", of: str = install.DISTRIBUTION) -> list[Requirement]:
     """What a package requires on this platform: itself, or only because of one extra."""
     stated = [Requirement(line) for line in requires(of) or ()]
 

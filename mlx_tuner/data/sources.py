@@ -21,7 +21,7 @@ import msgspec
 
 from mlx_tuner.data.json_array import elements
 from mlx_tuner.errors import DataError, Fault
-from mlx_tuner.system import cache, files
+from mlx_tuner.system import cache, files, install
 
 MAX_ROW_BYTES = 16 << 20
 """Longest row that is read; a longer one is refused as soon as that shows."""
@@ -240,7 +240,7 @@ def _parquet_rows(path: Path) -> Iterator[bytes]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        what = "Parquet needs pyarrow: pip install 'mlx-lora-tuner[parquet]'"
+        what = f"Parquet needs pyarrow; {install.extra('parquet')}"
         raise refusal(path, what) from None
     encoder = msgspec.json.Encoder()
     try:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from mlx_tuner.errors import first_line
 from mlx_tuner.runs.metrics import FINISHED, STOPPED_EARLY, Record, Summary
+from mlx_tuner.system import install
 
 PROJECT = "mlx-tune"
 _SHOWN = ("loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second")
@@ -180,7 +181,7 @@ class Trackers:
                 warnings.simplefilter("ignore")  # of their own libraries
                 return what()
         except ModuleNotFoundError:
-            self._leave_out(name, f"not installed; pip install 'mlx-lora-tuner[{name}]'")
+            self._leave_out(name, f"not installed; {install.extra(name)}")
         except (Exception, SystemExit) as error:  # another's code, and it must not stop a run
             self._leave_out(name, first_line(error))
         return None
