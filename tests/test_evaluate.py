@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -358,6 +359,33 @@ def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkey
         {"task_id": "t/0", "base": "failed", "tuned": "passed"},
         {"task_id": "t/1", "base": "passed", "tuned": "passed"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            "sandbox-exec: sandbox_apply: Operation not permitted",
+            "sandbox-exec: sandbox_apply: Operation not permitted; ",
+        ),
+        ("", "exit code 71; "),
+        (None, "[Errno 2] No such file or directory: "),
+    ],
+)
+def test_where_no_program_can_be_run_no_model_is_asked_for_one(
+    run, tmp_path, monkeypatch, said, why
+):
+    python = tmp_path / "python"
+    if said is not None:
+        python.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 71\n")
+        python.chmod(0o755)
+    here = SimpleNamespace(executable=str(python), platform="linux")
+    monkeypatch.setattr(evaluating.tasks, "sys", here)
+    monkeypatch.setattr(evaluating, "answer_all", None)
+    file = write_rows(tmp_path / "tasks.jsonl", [TASK])
+    result = command(run, "--tasks", file, "--allow-code-execution")
+    assert result.exit_code == 1
+    assert f"mlx-tune: error: --tasks: programs cannot be run here: {why}" in result.stderr
 
 
 def test_tasks_need_no_held_out_rows(base, run, tmp_path, monkeypatch):

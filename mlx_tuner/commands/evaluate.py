@@ -140,11 +140,14 @@ def evaluate(
         UsageError: there are no held-out rows.
         DataError: the rows or tasks are wrong.
         ModelError: adapter or base cannot be used, or do not belong together.
+        RunError: programs cannot be run here.
     """
     trained = read_adapter(source)
     is_run = (source / RECIPE).exists()
     recipe = _recipe_of(source, data, is_run, needed=programs is None)
     to_do = tasks.read_tasks(programs.path, programs.limit) if programs else []
+    if programs:
+        tasks.require_runs()
     folder = resolve_base(trained, model)
     check_base(trained, folder)
     with display.task("reading the rows"):

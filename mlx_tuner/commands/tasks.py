@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from mlx_tuner.commands import task_guard
 from mlx_tuner.commands.quality import code_blocks, parsed
-from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.errors import DataError, Fault, RunError
 
 SECONDS = 10
 """Of CPU, and of the clock, that a program may take."""
@@ -136,8 +136,35 @@ def _task(values: Any) -> Task:
     return Task(**{name: values[name] for name in _FIELDS})
 
 
+def require_runs() -> None:
+    """Refuse a machine on which not even an empty program passes, before a model writes any.
+
+    Raises:
+        RunError: such as where macOS starts no sandbox, since this process is in one already.
+    """
+    try:
+        done = _ended("", stderr=subprocess.PIPE)
+        if done.returncode == _PASSED:
+            return
+        why = done.stderr.decode("utf-8", "replace").strip() or f"exit code {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    what = f"programs cannot be run here: {why}; run it in a terminal that is in no sandbox"
+    raise RunError(Fault("", "--tasks", what))
+
+
 def run(program: str) -> Outcome:
     """Run a program in a process of its own, with limits on time, memory, files and network."""
+    try:
+        code = _ended(program).returncode
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    if code == -24:  # SIGXCPU
+        return "timed out"
+    return _OUTCOMES.get(code, "ended early")
+
+
+def _ended(program: str, stderr: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:
     guard = (resources.files(task_guard.__package__) / "task_guard.py").read_text("utf-8")
     text = f"{guard}\n_leave = os._exit\nguard({SECONDS}, {MEMORY_BYTES})\n"
     text += f"{program}\n_leave({_PASSED})\n"
@@ -146,22 +173,16 @@ def run(program: str) -> Outcome:
         rules = "(version 1)(allow default)(deny network*)(deny file-write*)"
         command = ["/usr/bin/sandbox-exec", "-p", rules, *command]
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                command,
-                input=text.encode(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={},
-                start_new_session=True,
-                timeout=SECONDS + 2,
-            )
-        except subprocess.TimeoutExpired:
-            return "timed out"
-    if done.returncode == -24:  # SIGXCPU
-        return "timed out"
-    return _OUTCOMES.get(done.returncode, "ended early")
+        return subprocess.run(
+            command,
+            input=text.encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+            timeout=SECONDS + 2,
+        )
 
 
 def run_all(programs: Sequence[str], advance: Callable[[int], None]) -> list[Outcome]:
