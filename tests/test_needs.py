@@ -103,6 +103,15 @@ def test_time_is_that_of_the_last_run_here_else_of_the_bench_else_a_guess(
     assert seconds == pytest.approx(2 * 1000 * 1.3125 / 974)
 
 
+def test_a_summary_that_no_run_of_ours_wrote_is_passed_over(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = needs.seconds_of(recipe, tokens=1000, total_parameters=10**6)
+    (tmp_path / "adapters" / "other").mkdir(parents=True)
+    for text in ("{}", "no JSON"):
+        (tmp_path / "adapters" / "other" / "summary.json").write_text(text)
+        assert needs.seconds_of(recipe, tokens=1000, total_parameters=10**6) == before
+
+
 def test_a_plan_says_what_memory_goes_to(recipe):
     planned = plan(recipe)
     assert planned.peak_memory_gb == pytest.approx(sum(planned.memory_gb.values()))

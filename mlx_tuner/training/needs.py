@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_tuner.engine import memory
 from mlx_tuner.engine.batching import MIN_SHARED_PREFIX, Sizes, sizes_of
 from mlx_tuner.engine.memory import StepMemory
 from mlx_tuner.engine.trainer import Trainer
-from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.errors import Fault, ModelError, TunerError
 from mlx_tuner.models import architecture
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
@@ -194,7 +195,9 @@ def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[f
     chip = story.machine(machine)["chip"]
     runs = sorted(Path("adapters").glob(f"*/{SUMMARY}"), key=_age)
     for path in runs:
-        summary = read_summary(path.parent)
+        summary = None
+        with suppress(TunerError):  # of a file that another program or version wrote
+            summary = read_summary(path.parent)
         if summary and summary.model == recipe.model.path and summary.machine.get("chip") == chip:
             ranks = int(summary.machine.get("ranks", 1))
             return tokens * ranks / summary.tokens_per_second, f"by the run in {path.parent}"
