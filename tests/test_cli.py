@@ -368,3 +368,17 @@ def test_a_shell_is_given_its_completion() -> None:
     result = CliRunner().invoke(main, ["completion", "zsh"])
     assert result.exit_code == 0
     assert result.stdout.startswith("#compdef mlx-tune")
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_a_zsh_that_nobody_has_set_up_completes_too(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(CliRunner().invoke(main, ["completion", "zsh"]).stdout)
+    for before in ("", "autoload -Uz compinit && compinit -i; "):
+        done = subprocess.run(
+            ["zsh", "-f", "-c", f"{before}source ./script; print $_comps[mlx-tune]"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path)},
+        )
+        assert (done.stdout, done.stderr) == ("_mlx_tune_completion\n", "")

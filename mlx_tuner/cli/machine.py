@@ -16,6 +16,8 @@ from mlx_tuner.show.terminal import console
 from mlx_tuner.system import launch
 
 PEER = "mlx-lm"
+COMPINIT = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"
+"""Makes compdef, which a Mac's zsh lacks until somebody asks for it."""
 
 
 @click.command(
@@ -29,7 +31,10 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     whole = click.get_current_context().find_root().command
-    click.echo(kind(whole, {}, "mlx-tune", "_MLX_TUNE_COMPLETE").source())
+    script = kind(whole, {}, "mlx-tune", "_MLX_TUNE_COMPLETE").source()
+    if shell == "zsh":  # below the line that must be the first
+        script = script.replace("\n", f"\n{COMPINIT}\n", 1)
+    click.echo(script)
 
 
 @click.command(epilog=example("doctor --self-test --report self-test.md"))
