@@ -101,8 +101,8 @@ def generate(
 @click.option(
     "--allow-code-execution",
     is_flag=True,
-    help="Run what the models write, each program in a process of its own, with limits on time "
-    "and memory, and without files and network. Needed for --tasks.",
+    help="Run what the models write, each program in a process of its own, with a limit on time, "
+    "on Linux also on memory, and without files and network. Needed for --tasks.",
 )
 @json_option
 def eval_(
