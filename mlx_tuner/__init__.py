@@ -9,6 +9,7 @@ What goes wrong for a user is a `mlx_tuner.errors.TunerError`, whose text is the
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 # MLX rounds fp32 products to TF32 on M5 and CUDA (errors of 8e-4, not 3e-7) unless told not to
 # before its first one. Fusing, checking and the gradients of the factors are fp32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+if sys.platform == "darwin":
+    # Metal ends work that keeps the display waiting; this, set before it starts, lets it wait.
+    os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
 
 __version__ = "0.2.0"
 __all__ = ["Recipe", "finetune", "generate", "load_recipe"]

@@ -8,6 +8,7 @@ from mlx_tuner.commands.generate import answer, load
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.show.progress import Display
+from mlx_tuner.system.awake import awake
 from mlx_tuner.training import finetune as training
 
 
@@ -40,7 +41,7 @@ def finetune(
         RunStopped: a signal came (an interrupted notebook's too); the run is saved.
     """
     run = Path("adapters") / recipe.name if run_dir is None else Path(run_dir)
-    with Display(quiet=not progress) as display:
+    with awake(), Display(quiet=not progress) as display:
         summary = training.finetune(
             recipe, run, display, resume=resume, overwrite=overwrite, allow_change=allow_change
         )

@@ -1,17 +1,21 @@
 """What `import mlx_tuner` offers, as a person at a prompt uses it."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from run_records import summary_of, train_record
 
 import mlx_tuner
 from mlx_tuner.cli import main
 from mlx_tuner.errors import RecipeError, TunerError, UsageError
+from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.system import interrupt
 
 STEPS = ["train.max_steps=2", "train.batch_size=2", "data.limit=4", "train.warmup_steps=0"]
@@ -77,6 +81,38 @@ def test_an_error_is_an_exception_with_the_commands_text(finished, tmp_path: Pat
         mlx_tuner.finetune(mlx_tuner.load_recipe("quickstart", overrides=STEPS), finished.run)
     with pytest.raises(TunerError, match="no-such"):
         mlx_tuner.generate(tmp_path / "no-such", "Hello")
+
+
+def test_a_mac_is_kept_awake_as_long_as_it_trains(tmp_path: Path, monkeypatch) -> None:
+    caffeinate = tmp_path / "caffeinate"
+    caffeinate.write_text('#!/bin/sh\necho $$ "$@" > "$0.begun"\nexec sleep 60\n')
+    caffeinate.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    begun = tmp_path / "caffeinate.begun"
+
+    def train(*_: object, **__: object) -> Summary:
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not (begun.exists() and begun.read_text()):
+            time.sleep(0.01)
+        return summary_of([train_record(1, 1.0)])
+
+    monkeypatch.setattr("mlx_tuner.api.training.finetune", train)
+    recipe = mlx_tuner.load_recipe("quickstart", overrides=STEPS)
+    mlx_tuner.finetune(recipe, tmp_path)
+    pid, *given = begun.read_text().split()
+    assert given == ["-is", "-w", str(os.getpid())]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+def test_on_a_mac_the_display_may_wait_for_the_gpu_unless_the_user_says_otherwise() -> None:
+    code = "import os, sys; sys.platform = 'darwin'; import mlx_tuner; print(os.environ[{!r}])"
+    name = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+    command = [sys.executable, "-c", code.format(name)]
+    for given, expected in (({}, "1\n"), ({name: "0"}, "0\n")):
+        environ = {key: value for key, value in os.environ.items() if key != name} | given
+        assert subprocess.check_output(command, env=environ, text=True) == expected
 
 
 def test_signals_are_left_alone_outside_the_main_thread() -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 from mlx_tuner.runs import causes, pulse
@@ -24,6 +23,7 @@ from mlx_tuner.runs.causes import Cause
 from mlx_tuner.runs.peers import Peers
 from mlx_tuner.runs.place import CRASH_LOG
 from mlx_tuner.system import blas, files
+from mlx_tuner.system.awake import awake
 from mlx_tuner.system.interrupt import Relay
 
 DELAYS = (5.0, 30.0, 120.0)
@@ -65,8 +65,7 @@ def supervise(
         The exit code.
     """
     state = _State(path, lock, list(arguments), resume, say, peers)
-    _keep_awake()
-    with state.relay:
+    with awake(), state.relay:
         while True:
             child = _Child(state)
             cause = child.watch()
@@ -223,9 +222,6 @@ class _Child:
         handover = pulse.Handover(lock, pulse_out, alive_in, terminal, self._state.restarts)
         environ = blas.environment(os.environ)
         environ[pulse.VARIABLE] = handover.to_json()
-        if sys.platform == "darwin":
-            # Metal ends work that keeps the display waiting; this lets it wait longer.
-            environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
         self.pid = os.posix_spawn(
             sys.executable,
             self._state.command(),
@@ -353,12 +349,6 @@ class _Child:
         if self.code and not self._begun:
             return Cause(self.text.rpartition("\n")[2] or f"exit code {self.code}", chance=False)
         return None
-
-
-def _keep_awake() -> None:
-    """Keep a Mac from sleeping while this process lasts, but not its display."""
-    if sys.platform == "darwin" and (program := which("caffeinate")):
-        os.posix_spawn(program, [program, "-is", "-w", str(os.getpid())], os.environ)
 
 
 def _oom_kills() -> int | None:
