@@ -91,6 +91,10 @@ def test_a_file_of_tasks_is_read_gzipped_or_not_and_what_is_none_is_named(tmp_pa
     ]
     with pytest.raises(DataError, match="cannot be read"):
         read_tasks(tmp_path / "gone.jsonl")
+    header = gzip.compress(b"")[:10]
+    (tmp_path / "d.jsonl.gz").write_bytes(header + b"\xff" * 20)
+    with pytest.raises(DataError, match=r"d.jsonl.gz: cannot be read: "):
+        read_tasks(tmp_path / "d.jsonl.gz")
 
 
 @pytest.mark.slow

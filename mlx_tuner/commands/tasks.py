@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def read_tasks(path: Path, limit: int | None = None) -> list[Task]:
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(Fault(str(path), "", f"cannot be read: {error}")) from None
     tasks, faults = [], []
     for number, line in enumerate(text.splitlines(), 1):
