@@ -2,11 +2,13 @@
 
 import json
 
+import mlx.core as mx
 import pytest
-from model_folders import BUILTIN
+from model_folders import BUILTIN, CONFIGS
 
 from mlx_tuner.commands.plan import padding, plan
 from mlx_tuner.errors import ModelError
+from mlx_tuner.models.architecture import dtype_of
 from mlx_tuner.models.model import load_tokenizer, read_config
 from mlx_tuner.recipe.load import parse_recipe
 from mlx_tuner.show import story
@@ -54,6 +56,14 @@ def test_the_parts_are_the_peak_and_the_advice_is_the_first_setting_that_helps(r
                 scarce.require("small")
     assert "set " in memory_with(plenty.peak - 1, recipe, monkeypatch).advice
     assert "--quantize 4" in memory_with(1000, recipe, monkeypatch).advice
+
+
+def test_a_model_is_planned_in_the_dtype_that_its_config_has_of_its_text_model(recipe):
+    config = CONFIGS["qwen3_5"]
+    assert not config.keys() & {"dtype", "torch_dtype"}
+    halved = config | {"text_config": config["text_config"] | {"dtype": "bfloat16"}}
+    assert dtype_of(needs.skeleton(recipe, config)) == mx.float32
+    assert dtype_of(needs.skeleton(recipe, halved)) == mx.bfloat16
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(recipe, tmp_path, monkeypatch):

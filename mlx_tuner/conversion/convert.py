@@ -19,6 +19,7 @@ from mlx_tuner import __version__
 from mlx_tuner.conversion.fidelity import PROMPT, LogitError, compare_logits
 from mlx_tuner.conversion.work import CARD, DROPPED, Work, card_table, quantise, require_outside
 from mlx_tuner.errors import Fault, ModelError
+from mlx_tuner.models.architecture import DTYPE_KEYS, config_dtype
 from mlx_tuner.models.model import load_tokenizer, resolve
 from mlx_tuner.models.model_files import ModelFiles, check_model_folder
 from mlx_tuner.models.weights import is_finite
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mlx_tuner.show.progress import Display
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 _TOLERANCE: dict[str | int, float] = {
     "exact": 1e-5,
@@ -121,7 +121,7 @@ class _Converted(Work):
         model, _ = mlx_lm_utils.load_model(source.folder, lazy=True)
         self._sources = dict(tree_flatten(model.parameters()))
         config = {k: v for k, v in source.config.items() if k not in DROPPED}
-        self._dtype = dtype or _config_dtype(config)
+        self._dtype = dtype or config_dtype(config)
         if self._dtype is not None:
             _cast(model, DTYPES[self._dtype])
             _set_config_dtype(config, self._dtype)
@@ -150,18 +150,12 @@ class _Converted(Work):
         raise ModelError(Fault(str(self.source.folder), name, what))
 
 
-def _config_dtype(config: dict[str, Any]) -> str | None:
-    tables = (config, config.get("text_config", {}))
-    found = [table.get(key) for table in tables for key in _DTYPE_KEYS]
-    return next((value for value in found if value in DTYPES), None)
-
-
 def _set_config_dtype(config: dict[str, Any], dtype: str) -> None:
     tables = [config]
     if "text_config" in config:
         config["text_config"] = dict(config["text_config"])
         tables.append(config["text_config"])
-    keys = [(table, key) for table in tables for key in _DTYPE_KEYS if key in table]
+    keys = [(table, key) for table in tables for key in DTYPE_KEYS if key in table]
     for table, key in keys or [(config, "torch_dtype")]:
         table[key] = dtype
 

@@ -24,6 +24,8 @@ MODEL_TYPES = frozenset(
     }
 )
 
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
 
 def skeleton(config: dict[str, Any], where: str = "config.json") -> nn.Module:
     """The model of a config with weights that are never computed: shapes only, no memory.
@@ -70,6 +72,13 @@ def _dense_size(module: nn.Module) -> int:
     if bits is None:
         return sum(v.size for v in sizes.values())
     return sizes["weight"].size * 32 // bits + (sizes["bias"].size if "bias" in sizes else 0)
+
+
+def config_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype that a config gives the weights, or its text model's; None if it does not say."""
+    tables = (config, config.get("text_config", {}))
+    found = (table.get(key) for table in tables for key in DTYPE_KEYS)
+    return next(filter(None, found), None)
 
 
 def dtype_of(model: nn.Module) -> mx.Dtype:

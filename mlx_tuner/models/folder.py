@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.models.architecture import MODEL_TYPES
+from mlx_tuner.models.architecture import DTYPE_KEYS, MODEL_TYPES
 from mlx_tuner.system import foreign
 from mlx_tuner.system.foreign import read_json
 
@@ -188,7 +188,7 @@ def _config_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield name + key, f"{str(size)[:40]} is not a whole number up to {highest:,}"
             elif type(size) is int and abs(size) > highest:
                 yield name + key, f"{str(size)[:40]} is over {highest:,}"
-        for key in ("dtype", "torch_dtype"):
+        for key in DTYPE_KEYS:
             if not _is_one_of(table.get(key), {None, *DTYPES}):
                 what = f"{str(table[key])[:40]!r} is not one of {', '.join(DTYPES)}"
                 yield name + key, what

@@ -74,7 +74,7 @@ class Memory:
 def skeleton(recipe: Recipe, config: dict[str, Any]) -> nn.Module:
     """The recipe's model with its adapter, of the right shapes and types, never computed."""
     model = architecture.skeleton(config)
-    model.set_dtype(getattr(mx, config.get("torch_dtype") or config.get("dtype") or "float32"))
+    model.set_dtype(getattr(mx, architecture.config_dtype(config) or "float32"))
     assembly.attach_adapter(model, recipe)
     return model
 
