@@ -340,6 +340,18 @@ def test_llama_cpp_answers_from_rounded_weights_nearly_as_we_do(tmp_path, displa
         assert short.max() < (0.05 if dtype == "q8_0" else 0.01)
 
 
+def test_a_tokenizer_without_an_end_has_that_of_the_models_config(tmp_path, display):
+    base = write_model(tmp_path / "base", eos_token_id=[2039])
+    (base / "generation_config.json").unlink()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
+    made = export_gguf(tmp_path / "adapter", tmp_path / "out" / "m.gguf", display)
+    assert fields_of(made.path)["tokenizer.ggml.eos_token_id"] == 2039
+    assert made.modelfile.read_text() == 'FROM ./m.gguf\nPARAMETER stop "<|im_end|>"\n'
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 

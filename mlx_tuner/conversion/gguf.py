@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_tuner.conversion.fidelity import Fidelity, compare, require_kept
 from mlx_tuner.conversion.fuse import merge, open_base, rows_to_compare
@@ -25,6 +26,7 @@ from mlx_tuner.data.encode import unwrap
 from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
 from mlx_tuner.models.adapter import Adapter
 from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.folder import TOKENIZER_CONFIG
 from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.models.model_files import ModelFiles
 from mlx_tuner.models.weights import is_finite
@@ -79,7 +81,7 @@ def export_gguf(
     require_absent(output, beside)
     adapter = read_adapter(source)
     base = open_base(adapter, model)
-    tokenizer = unwrap(load_tokenizer(base.folder))
+    tokenizer = _with_end(load_tokenizer(base.folder), base.folder)
     ollama = modelfile(output.name, tokenizer, source)
     file = _File(base, adapter, tokenizer, dtype, name=source.resolve().name)
     require_space(output, file.bytes)
@@ -112,6 +114,18 @@ def require_absent(*paths: Path) -> None:
         if path.exists():
             what = "is there already; choose another folder or remove it"
             raise UsageError(Fault(str(path), "", what))
+
+
+def _with_end(tokenizer: TokenizerWrapper, folder: Path) -> Any:
+    """The transformers tokenizer, with the end token of the model's config if it has none."""
+    inner = unwrap(tokenizer)
+    if not inner.eos_token:
+        ends = inner.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+        inner.eos_token = next(filter(None, ends), None)
+    if not inner.eos_token:
+        what = "no token ends a text; name one"
+        raise ModelError(Fault(str(folder / TOKENIZER_CONFIG), "eos_token", what))
+    return inner
 
 
 # ---- the file ----------------------------------------------------------------------------------
