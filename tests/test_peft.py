@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import examples
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_adapters, load_model
 from model_folders import BUILTIN, CONFIGS, TOKENIZER, equal, make_adapter, write_model
 
 from mlx_tuner.cli import main
 from mlx_tuner.conversion.fuse import fuse
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.adapter import Adapter, apply, write_adapter
-from mlx_tuner.models.adapter_folder import read_adapter
+from mlx_tuner.models.adapter_folder import import_adapter, read_adapter
 from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system.files import verify
@@ -239,8 +239,6 @@ def test_an_adapter_that_peft_made_is_imported_with_its_logits(
     assert np.abs(logits_of(base, imported) - theirs).max() < 1e-4
     # mlx-lm reads the same folder.
     model = load_model(base)[0]
-    from mlx_lm.utils import load_adapters
-
     assert (
         np.abs(np.array(load_adapters(model, str(tmp_path / "ours"))(TOKENS)) - theirs).max() < 1e-4
     )
@@ -296,6 +294,21 @@ def test_a_pefts_adapter_of_qwen_3_5_goes_onto_mlxs_model(torch, peft, qwen_3_5,
     with Display() as display:
         fuse(tmp_path / "peft", tmp_path / "fused", display, model=str(qwen_3_5))
     assert np.abs(np.array(load_model(tmp_path / "fused")[0](TOKENS)) - theirs).max() < 1e-4
+    import_adapter(tmp_path / "peft", tmp_path / "ours")
+    by_mlx_lm = load_adapters(load_model(qwen_3_5)[0], str(tmp_path / "ours"))
+    assert np.abs(np.array(by_mlx_lm(TOKENS)) - theirs).max() < 1e-4
+
+
+def test_names_that_only_qwen_3_5_has_are_mlxs_once_imported_whatever_the_base(tmp_path):
+    block = "layers.3.self_attn.q_proj"
+    factors = {"lora_a": mx.ones((8, 2)), "lora_b": mx.ones((2, 8))}
+    for base in ("acme/not-here", ""):
+        for theirs, ours in (("model.language_model", "language_model.model"), ("model", "model")):
+            tensors = {f"{theirs}.{block}.{leaf}": value for leaf, value in factors.items()}
+            folder = tmp_path / f"{len(base)}-{theirs}"
+            write_adapter(folder, Adapter(tensors, rank=2, scale=1.0, base=base))
+            import_adapter(folder, folder / "ours")
+            assert read_adapter(folder / "ours").modules == [f"{ours}.{block}"]
 
 
 def test_an_imported_adapter_is_exported_with_one_rank_and_alpha(

@@ -9,6 +9,7 @@ from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models import adapter as mlx_format
 from mlx_tuner.models import peft_format
 from mlx_tuner.models.adapter import Adapter
+from mlx_tuner.models.base import named_as_in_base
 from mlx_tuner.system import files, foreign
 
 _MOST_BYTES = {
@@ -51,11 +52,17 @@ def read_adapter(directory: Path) -> Adapter:
 def import_adapter(source: Path, output: Path) -> Adapter:
     """Write an adapter of any format that `read_adapter` knows as the new folder `output`.
 
+    Its modules are named as mlx-lm names them (see `named_as_in_base`).
+
     Raises:
         UsageError: `output` cannot be a new folder.
         ModelError: as `read_adapter` does.
     """
-    return _rewrite(source, output, mlx_format.write_adapter)
+
+    def write(folder: Path, adapter: Adapter) -> None:
+        mlx_format.write_adapter(folder, named_as_in_base(adapter))
+
+    return _rewrite(source, output, write)
 
 
 def export_peft(source: Path, output: Path) -> Adapter:

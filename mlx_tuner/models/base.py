@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.models.adapter import Adapter
+from mlx_tuner.models.adapter import Adapter, named_as_in
+from mlx_tuner.models.architecture import skeleton
+from mlx_tuner.models.folder import check_folder
 from mlx_tuner.models.model import resolve
 from mlx_tuner.models.tensors import TensorInfo, read_header
 
@@ -48,7 +52,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def resolve_base(adapter: Adapter, model: str | None = None) -> Path:
+def resolve_base(adapter: Adapter, model: str | None = None, *, fetch: bool = True) -> Path:
     """The folder of an adapter's base, or of `model` in its place.
 
     Raises:
@@ -57,7 +61,21 @@ def resolve_base(adapter: Adapter, model: str | None = None) -> Path:
     if not (model or adapter.base):
         what = "does not say which model it was trained on; name it with --model"
         raise ModelError(Fault(str(adapter.folder), "", what))
-    return resolve(model or adapter.base, None if model else adapter.revision)
+    return resolve(model or adapter.base, None if model else adapter.revision, fetch=fetch)
+
+
+def named_as_in_base(adapter: Adapter) -> Adapter:
+    """The adapter by the names of its base's modules in MLX, where the base is on this machine.
+
+    Elsewhere only names that no other model than Qwen3.5 has are known to be others in MLX.
+    """
+    try:
+        model = skeleton(check_folder(resolve_base(adapter, fetch=False)))
+    except ModelError:
+        theirs, ours = r"^model\.language_model\.", "language_model.model."
+        tensors = {re.sub(theirs, ours, name): t for name, t in adapter.tensors.items()}
+        return replace(adapter, tensors=tensors)
+    return named_as_in(model, adapter)
 
 
 def check_base(adapter: Adapter, folder: Path) -> None:

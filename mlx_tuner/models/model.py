@@ -34,8 +34,11 @@ class Loaded:
     """What its chat template is given beside the messages."""
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(name: str, revision: str | None = None, *, fetch: bool = True) -> Path:
     """The folder of ``builtin:NAME``, of a path, or of a Hub name (downloaded where needed).
+
+    Args:
+        fetch: whether the network may be asked; else a Hub name is what the cache has of it.
 
     Raises:
         ModelError: there is no such model.
@@ -56,7 +59,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         raise ModelError(Fault(name, "model.path", "no such folder"))
     from mlx_tuner.system import hub
 
-    return hub.download_model(name, revision)
+    return (hub.download_model if fetch else hub.cached_model)(name, revision)
 
 
 def load(folder: Path) -> Loaded:

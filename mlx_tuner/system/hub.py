@@ -62,6 +62,16 @@ def download_model(name: str, revision: str | None = None) -> Path:
         return _fetched(name, "model", revision, info, files)
 
 
+def cached_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a Hub model in the local cache, with what is there of it; asks no network.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    with _named(name, revision, ModelError):
+        return _cached(name, "model", revision)
+
+
 def download_dataset_file(name: str, revision: str | None = None) -> Path:
     """A file of rows of a Hub dataset, `OWNER/NAME/FILE`, or of `OWNER/NAME` its training split.
 
