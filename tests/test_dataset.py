@@ -135,6 +135,16 @@ def test_of_many_bad_rows_twenty_lines_are_shown(tmp_path, tokenizer):
     assert faults[19].startswith(": 500 rows like these")
 
 
+@pytest.mark.parametrize(("rows", "shown"), [(10, 20), (11, 20), (30, 20)])
+def test_what_is_counted_is_rows_however_much_is_wrong_with_each(tmp_path, tokenizer, rows, shown):
+    two = '{"prompt": 1, "completion": 2}'
+    faults = refused(write(tmp_path, [row(0), *[two] * rows]), tokenizer)
+    assert len(faults) == shown
+    assert faults[1].startswith(":2: completion: ")
+    told = [fault for fault in faults if "like these" in fault]
+    assert [fault.split(";")[0] for fault in told] == [f": {rows} rows like these"] * (rows > 10)
+
+
 def test_bad_rows_can_be_skipped_and_are_kept_with_their_reasons(tmp_path, tokenizer):
     path = write(tmp_path, [BAD[0], row(1), BAD[1], BAD[2], row(2), BAD[3]])
     dataset = opened(path, tokenizer, on_bad_row="skip")

@@ -263,5 +263,5 @@ def data(
         terminal = console(sys.stdout)
         terminal.print(report(found, colour=terminal.is_terminal))
     if found.fault_count:
-        print_faults(found.faults, found.fault_count)
+        print_faults(found.faults, len(found.faults))
         sys.exit(1)

@@ -49,8 +49,9 @@ class FileFacts:
     """What all usable rows begin with."""
     shown: list[Shown]
     faults: list[Fault]
-    """What must be fixed before a run, as far as it is kept."""
+    """What must be fixed before a run, as far as it is shown."""
     fault_count: int
+    """In how many rows it is."""
 
     @property
     def file(self) -> str:
@@ -186,12 +187,12 @@ class Inspection:
 
     @property
     def faults(self) -> list[Fault]:
-        """What must be fixed before a run, as far as it is kept."""
+        """What must be fixed before a run, as far as it is shown."""
         return self.train.faults + (self.valid.faults if self.valid else [])
 
     @property
     def fault_count(self) -> int:
-        """How much must be fixed before a run."""
+        """How many rows must be fixed before a run."""
         return self.train.fault_count + (self.valid.fault_count if self.valid else 0)
 
     def notes(self) -> Iterator[str]:
@@ -278,7 +279,7 @@ def _facts(
     held_out: str | float | None = None,
 ) -> FileFacts:
     """A file's facts; there must be rows to train on and, if a fraction is held out, for both."""
-    faults, count = list(dataset.faults.first), dataset.faults.count
+    faults, count = dataset.faults.shown(dataset.file.path), dataset.faults.rows
     fraction = held_out if isinstance(held_out, float) else 0.0
     seed = recipe.train.seed
     out = int(in_validation(dataset.digests, fraction, seed).sum()) if fraction else 0

@@ -92,24 +92,28 @@ class LeftOut:
 
 @dataclass
 class Faults:
-    """What must be mended before a run: the first faults, and how many there are."""
+    """What must be mended before a run: the first faults, and how many rows have any."""
 
     first: list[Fault] = field(default_factory=list)
-    count: int = 0
+    """One more than are shown, where there are more."""
+    rows: int = 0
 
     def add(self, *faults: Fault) -> None:
-        """Count faults in."""
-        self.count += len(faults)
-        self.first += faults[: max(FAULTS_SHOWN - len(self.first), 0)]
+        """Count a row in."""
+        self.rows += 1
+        self.first += faults[: max(FAULTS_SHOWN + 1 - len(self.first), 0)]
+
+    def shown(self, path: Path) -> list[Fault]:
+        """The first faults, in place of the last one how many rows there are, if not all fit."""
+        if len(self.first) <= FAULTS_SHOWN:
+            return self.first
+        what = f"{plural(self.rows, 'row')} like these; correct them, or let the recipe skip them"
+        return [*self.first[: FAULTS_SHOWN - 1], Fault(str(path), "", what)]
 
     def refuse(self, path: Path) -> None:
         """Raise them, if there are any."""
-        faults = self.first
-        if self.count > FAULTS_SHOWN:
-            what = f"{plural(self.count, 'row')} like these; correct them, or let the recipe skip"
-            faults = [*faults[: FAULTS_SHOWN - 1], Fault(str(path), "", f"{what} them")]
-        if faults:
-            raise DataError(*faults)
+        if self.first:
+            raise DataError(*self.shown(path))
 
 
 def open_dataset(
@@ -177,7 +181,7 @@ def _good_rows(file: RowFile, at_most: int | None) -> np.ndarray:
 
 def _judge_bad_rows(reader: _Reader, policy: BadRowPolicy, faults: Faults) -> None:
     file = reader.file
-    shown = FAULTS_SHOWN if policy == "error" else QUARANTINE_KEPT
+    shown = FAULTS_SHOWN + 1 if policy == "error" else QUARANTINE_KEPT
     for row in file.bad[:shown].tolist():
         found = file.faults(row)
         if policy == "error":
@@ -187,7 +191,7 @@ def _judge_bad_rows(reader: _Reader, policy: BadRowPolicy, faults: Faults) -> No
             reader.left_out.add(file.line(row), UNREADABLE, reason)
     more = max(len(file.bad) - shown, 0)
     if policy == "error":
-        faults.count += more
+        faults.rows += more
     elif more:
         reader.left_out.counts[UNREADABLE] += more
 
