@@ -46,6 +46,14 @@ def test_an_escape_sequence_in_what_is_printed_is_shown_as_text():
     assert not set(stream.getvalue()) & {"\x1b", "\x07", "\r", "\u202e"}
 
 
+def test_brackets_and_colons_in_a_name_are_no_markup():
+    stream = io.StringIO()
+    table = Table.grid()
+    table.add_row("adapters/[old]/:x:.jsonl")
+    console(stream).print(table)
+    assert stream.getvalue() == "adapters/[old]/:x:.jsonl\n"
+
+
 def test_an_ascii_terminal_gets_ascii_in_the_same_columns():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     out = console(stream)

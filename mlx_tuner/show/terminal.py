@@ -66,7 +66,8 @@ def safe(stream: TextIO) -> TextIO:
 def console(stream: TextIO) -> Console:
     """A rich console on `stream` that survives its reader, its encoding and what it prints.
 
-    Escape sequences in what is printed, such as in rows of a stranger's, are shown as text.
+    Escape sequences in what is printed, such as in rows of a stranger's, are shown as text, and so
+    is what rich would read as markup, such as brackets in a path.
     """
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
@@ -81,4 +82,10 @@ def console(stream: TextIO) -> Console:
                     segment = Segment(printable(text, keep="\n\t"), style)
                 yield segment
 
-    return Escaping(file=cast("TextIO", SafeStream(stream)), highlight=False, force_jupyter=False)
+    return Escaping(
+        file=cast("TextIO", SafeStream(stream)),
+        markup=False,
+        emoji=False,
+        highlight=False,
+        force_jupyter=False,
+    )
