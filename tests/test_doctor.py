@@ -186,8 +186,10 @@ def test_caches_are_weighed_and_how_to_empty_them_is_said(tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setattr(cache, "user_folder", lambda: tmp_path / "rows")
     assert list(_caches()) == []
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "a").write_bytes(b"x" * 20_000_000)
+    (tmp_path / "rows" / "bench").mkdir(parents=True)
+    (tmp_path / "rows" / "bench" / "bench-x.json").write_bytes(b"x" * 10_000)  # kept: it tells time
+    assert list(_caches()) == []
+    (tmp_path / "rows" / "a-0-0.rows").write_bytes(b"x" * 20_000_000)
     (found,) = _caches()
     assert (found.level, found.what) == ("note", f"20.0 MB in {tmp_path / 'rows'}")
-    assert found.advice == f"to empty it: remove {tmp_path / 'rows'}"
+    assert found.advice == f"to empty it: remove {tmp_path / 'rows'}/*.rows"

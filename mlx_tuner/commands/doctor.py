@@ -203,13 +203,12 @@ def _caches() -> Iterator[Finding]:
 
     from mlx_tuner.system import cache
 
-    for subject, folder, empty in (
-        ("models kept", Path(constants.HF_HUB_CACHE), "`hf cache prune`, or `hf cache rm NAME`"),
-        ("rows kept", cache.user_folder(), f"remove {cache.user_folder()}"),
+    models, rows = Path(constants.HF_HUB_CACHE), cache.user_folder()
+    for subject, folder, paths, empty in (
+        ("models kept", models, models.rglob("*"), "`hf cache prune`, or `hf cache rm NAME`"),
+        ("rows kept", rows, rows.glob("*.rows"), f"remove {rows}/*.rows"),
     ):
-        kept = sum(
-            f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink()
-        )
+        kept = sum(p.stat().st_size for p in paths if p.is_file() and not p.is_symlink())
         if kept:
             what = f"{size(kept)} in {folder}"
             yield Finding("note", subject, what, f"to empty it: {empty}")
