@@ -353,7 +353,7 @@ def _open(
     """The held-out rows, and the rows that were trained on where they are known."""
     if data is None:
         opened = assembly.open_data(recipe, tokenizer)
-        assert opened.valid is not None  # `_recipe_of_run` has seen to it
+        assert opened.valid is not None  # `_recipe_of` has seen to it
         return opened.valid, opened.train
     rows = assembly.open_file(recipe.data, data, tokenizer)
     if is_run:

@@ -175,7 +175,7 @@ class Trainer:
     def start(
         self, loss: mx.array, gradient: mx.array, prefix_gradients: list[PrefixState]
     ) -> None:
-        """Start on a micro-batch while the next one's graph is built. (A bench waits instead.)"""
+        """Start on a micro-batch while the next one's graph is built."""
         mx.async_eval(gradient, loss, prefix_gradients)
 
     def _loss(

@@ -1,1 +1,1 @@
-"""A run on disk and what is told of it: records, checkpoints, report, comparison."""
+"""A run on disk and what is told of it: records, checkpoints, identity, and its processes."""
