@@ -17,14 +17,22 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+.DELETE_ON_ERROR:
 .PHONY: demo test quick metal lint fix bench clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
 $(BIN)/python:
-	@if command -v uv >/dev/null; then uv venv --quiet --seed --python $(PYTHON) $(VENV); \
-	else $(PYTHON) -m venv $(VENV); fi
+	@if [ "$(origin PYTHON)" = file ] && command -v uv >/dev/null; then \
+		uv venv --quiet --seed --python '>=3.11' $(VENV); \
+	elif $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		$(PYTHON) -m venv $(VENV); \
+	else \
+		echo '$(PYTHON) is not Python 3.11 or newer: install one (a Mac: brew install python@3.12),'; \
+		echo 'then make $(MAKECMDGOALS) PYTHON=python3.12; or install uv, which fetches one'; \
+		exit 1; \
+	fi
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
