@@ -1,4 +1,7 @@
+import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from model_folders import write_model
@@ -43,6 +46,33 @@ def test_a_template_without_measure_is_refused(folder, template, said):
         load_tokenizer(folder)
     assert str(caught.value).startswith(f"{folder}: chat_template: {said}")
     assert time.monotonic() - start < 25
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process in memory (Linux)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_a_child_that_its_kernel_does_not_limit_is_ended_from_outside(
+    folder, tmp_path, monkeypatch
+):
+    """It fills memory in one step of Python, as a filter may, and would then sleep."""
+    child = tmp_path / "child.py"
+    child.write_text("import sys, time\nsys.stdin.read()\nx = b'x' * 400_000_000\ntime.sleep(60)")
+    monkeypatch.setattr(chat_template, "_CHILD", child)
+    if sys.platform != "darwin":
+        monkeypatch.setattr(chat_template, "_footprint", resident)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=SAID):
+        load_tokenizer(folder)
+    assert time.monotonic() - start < 10
+
+
+def test_a_template_that_no_pipe_holds_is_tried_whole(folder):
+    (folder / "chat_template.jinja").write_text("{#" + "x" * 300_000 + "#}{{ 'x' * 2000000 }}")
+    with pytest.raises(ModelError, match="makes 2,000,000 characters"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% break %}", "{% if %}"])

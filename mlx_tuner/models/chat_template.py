@@ -5,9 +5,12 @@ Jinja's sandbox keeps it from files and from Python, but not from looping or fil
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
+import threading
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ ROW_SECONDS = 4.0
 """For rendering real conversations, and a little more for each."""
 
 _WALL_SECONDS = 20  # where the machine is busy, or limits are not to be had
+_LOOK_SECONDS = 0.01
 _CHILD = Path(__file__).with_name("render_child.py")
 
 
@@ -50,21 +54,33 @@ def _excess(template: str) -> str | None:
         "seconds": SECONDS,
         "bytes": MEGABYTES << 20,
     }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", str(_CHILD)],
-            input=json.dumps(order).encode(),
-            capture_output=True,
-            timeout=_WALL_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"takes over {SECONDS} s"
-    if done.returncode or not done.stdout.strip().isdigit():
+    command, pipe = [sys.executable, "-I", str(_CHILD)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as child:
+        threading.Thread(target=_watch, args=(child,), daemon=True).start()
+        said, _ = child.communicate(json.dumps(order).encode())
+    if child.returncode or not said.strip().isdigit():
         return f"takes over {SECONDS} s or {MEGABYTES} MB"
-    if (characters := int(done.stdout)) > MOST_CHARACTERS:
+    if (characters := int(said)) > MOST_CHARACTERS:
         return f"makes {characters:,} characters"
     return None
+
+
+def _watch(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child that takes what its kernel does not limit."""
+    until = time.monotonic() + _WALL_SECONDS
+    while child.poll() is None:
+        if time.monotonic() > until or _footprint(child.pid) > MEGABYTES << 20:
+            child.kill()
+        time.sleep(_LOOK_SECONDS)
+
+
+def _footprint(pid: int) -> int:
+    """Bytes that a process has taken, on macOS, whose kernel holds none to a limit; elsewhere 0."""
+    if sys.platform != "darwin":
+        return 0
+    usage = (ctypes.c_uint64 * 12)()  # struct rusage_info_v0, whose tenth is ri_phys_footprint
+    ctypes.CDLL(None).proc_pid_rusage(pid, 0, usage)
+    return usage[9]
 
 
 class Bounded:
