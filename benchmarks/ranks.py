@@ -25,8 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from mlx_tuner.runs import checkpoints
 from mlx_tuner.system import blas
 
 sys.path.insert(0, str(ROOT / "tests"))
-from launched import environments
+from launched import environments, training_of
 
 PATIENCE_SECONDS = 60.0
 """In which all ranks must have ended after one was killed."""
@@ -140,9 +139,9 @@ class Launched:
             for place in (environments(folder.parent, ranks) if ranks > 1 else [dict(os.environ)])
         ]
 
-    def children(self) -> list[int | None]:
+    def children(self) -> list[list[int]]:
         """Process ids of the ranks that train, where they run by now."""
-        return [child_of(process.pid) for process in self.processes]
+        return [training_of(process.pid) for process in self.processes]
 
     def end(self) -> tuple[float, list[int], str]:
         """Wait for all of them: seconds, exit codes, all that they said."""
@@ -151,14 +150,6 @@ class Launched:
             left = PATIENCE_SECONDS * 10 - (time.monotonic() - start)
             said.append(process.communicate(timeout=left)[1])
         return time.monotonic() - start, [p.returncode for p in self.processes], "\n".join(said)
-
-
-def child_of(pid: int) -> int | None:
-    """The process that a supervisor has started; None where there is none (Linux)."""
-    with suppress(OSError):
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(found[0]) if found else None
-    return None
 
 
 def kills(args: Any) -> None:
@@ -198,12 +189,13 @@ def kill(launched: Launched, draw: random.Random, number: int) -> dict[str, floa
         time.sleep(0.005)
     steps = newest_step(launched.folder)
     children = launched.children()
-    victim = launched.processes[rank].pid if supervisor else children[rank]
-    if victim is not None and launched.processes[rank].poll() is None:
-        os.kill(victim, signal.SIGKILL)
+    victims = [launched.processes[rank].pid] if supervisor else children[rank]
+    if launched.processes[rank].poll() is None:
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
     seconds, codes, said = launched.end()
     time.sleep(1)  # a child notices its parent's end
-    orphans = sum(is_alive(child) for child in children if child)
+    orphans = sum(is_alive(child) for child in chain(*children))
     what = "supervisor" if supervisor else "training"
     print(f"{number}: rank {rank} {what} after step {steps}: {codes}", file=sys.stderr)
     return {
@@ -221,11 +213,9 @@ def newest_step(folder: Path) -> int:
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    command = ["ps", "-o", "stat=", "-p", str(pid)]
+    state = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return state[:1] not in ("", "Z")
 
 
 def difference(run: Path, truth: Path) -> float:

@@ -1,8 +1,9 @@
-"""What `mlx.launch` gives the processes of several ranks on this machine."""
+"""Processes of runs on this machine: what `mlx.launch` gives several ranks, which one trains."""
 
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 
@@ -29,3 +30,10 @@ def free_ports(count: int) -> int:
         except (OSError, OverflowError):
             continue
         return first
+
+
+def training_of(parent: int) -> list[int]:
+    """The process that trains for an `mlx-tune run`, whose other child on a Mac is caffeinate."""
+    command = ["pgrep", "-P", str(parent), "-f", "mlx_tuner"]
+    found = subprocess.run(command, capture_output=True, check=False).stdout
+    return [int(pid) for pid in found.split()]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from launched import environments, free_ports
+from launched import environments, free_ports, training_of
 from ranked import OPTIONS, trained
 from test_supervisor import wait_for
 from tiny import relative_error
@@ -179,13 +180,23 @@ def recipe(tmp_path, root):
     return path
 
 
-def start(recipe, path, ranks, *options):
-    """Several ranks of `mlx-tune run`."""
-    command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), f"--run-dir={path}"]
-    return [
-        subprocess.Popen([*command, *options], env=each, stderr=subprocess.PIPE, text=True)
-        for each in environments(recipe.parent, ranks)
-    ]
+@pytest.fixture
+def start(recipe):
+    """Starts several ranks of `mlx-tune run`, and ends with the test what it has not ended."""
+    with ExitStack() as stack:
+
+        def started(path, ranks, *options):
+            command = [sys.executable, "-m", "mlx_tuner", "run", str(recipe), f"--run-dir={path}"]
+            processes = [
+                subprocess.Popen([*command, *options], env=each, stderr=subprocess.PIPE, text=True)
+                for each in environments(recipe.parent, ranks)
+            ]
+            for process in processes:
+                stack.enter_context(process)
+                stack.callback(process.kill)
+            return processes
+
+        yield started
 
 
 def end(processes):
@@ -211,9 +222,9 @@ def train_losses(run):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_is_that_of_one_and_three_go_on_with_it(tmp_path, recipe):
+def test_a_run_of_two_is_that_of_one_and_three_go_on_with_it(tmp_path, recipe, start):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    codes, said = end(start(recipe, together, 2))
+    codes, said = end(start(together, 2))
     assert codes == [0, 0], said
     summary = finetune(load_recipe(recipe), alone)
     told = read_summary(together)
@@ -225,7 +236,7 @@ def test_a_run_of_two_is_that_of_one_and_three_go_on_with_it(tmp_path, recipe):
     )
 
     more = ["--resume", "--allow-change", "--set=train.epochs=3"]
-    codes, said = end(start(recipe, together, 3, *more))
+    codes, said = end(start(together, 3, *more))
     assert codes == [0] * 3, said
     longer = load_recipe(recipe, ["train.epochs=3"])
     finetune(longer, alone, resume=True, allow_change=True)
@@ -235,9 +246,9 @@ def test_a_run_of_two_is_that_of_one_and_three_go_on_with_it(tmp_path, recipe):
 
 
 @pytest.mark.slow
-def test_a_signal_to_any_rank_stops_all_after_a_save(tmp_path, recipe):
+def test_a_signal_to_any_rank_stops_all_after_a_save(tmp_path, start):
     run = tmp_path / "run"
-    processes = start(recipe, run, 2, "--set=train.epochs=1000")
+    processes = start(run, 2, "--set=train.epochs=1000")
     wait_for(run / "checkpoints" / "step-00000002")
     processes[1].send_signal(signal.SIGHUP)
     codes, said = end(processes)
@@ -250,13 +261,12 @@ def test_a_signal_to_any_rank_stops_all_after_a_save(tmp_path, recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_ends_the_run_for_all(tmp_path, recipe, rank):
+def test_a_rank_that_is_killed_ends_the_run_for_all(tmp_path, start, rank):
     run = tmp_path / "run"
-    processes = start(recipe, run, 2, "--set=train.epochs=1000")
+    processes = start(run, 2, "--set=train.epochs=1000")
     wait_for(run / "checkpoints" / "step-00000002")
-    pid = processes[rank].pid
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    (child,) = training_of(processes[rank].pid)
+    os.kill(child, signal.SIGKILL)
     codes, said = end(processes)
     assert codes == [1, 1]
     assert f"training on {host()} (rank {rank}) died: the system killed it" in said[0]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+import sys
 import time
 
 import pytest
@@ -70,7 +71,8 @@ def test_a_program_that_does_not_end_or_takes_all_memory_is_ended(monkeypatch):
     start = time.monotonic()
     assert run("while True: pass") in ("timed out", "ended early")  # by the clock or the CPU limit
     assert run("import time; time.sleep(60)") == "timed out"
-    assert run("x = [0] * 10**9") in ("raised", "ended early")
+    if sys.platform != "darwin":  # whose kernel does not count memory
+        assert run("x = [0] * 10**9") in ("raised", "ended early")
     assert time.monotonic() - start < 20
 
 
