@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
+from launched import training_of
 from safetensors.numpy import load_file
 
 from mlx_tuner.commands.generate import answer, load
@@ -35,6 +36,7 @@ from mlx_tuner.recipe.load import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord, train_records
 from mlx_tuner.runs.place import is_running
+from mlx_tuner.show import trackers
 from mlx_tuner.show.progress import Display
 from mlx_tuner.training import assembly, session
 from mlx_tuner.training import finetune as training
@@ -502,6 +504,29 @@ def test_a_runs_template_variables_are_those_of_its_answers(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_trackers_know_a_resumed_run_again_and_no_run_that_replaces_it(root, tmp_path, monkeypatch):
+    told = []
+
+    class Told:
+        def __init__(self, run, run_id, config):
+            told.append(run_id)
+
+        def log(self, values, step): ...
+
+        def end(self, summary, finished): ...
+
+    monkeypatch.setitem(trackers.KINDS, "wandb", Told)
+    text = RECIPE.replace("epochs = 3", "max_steps = 1") + '[report]\nto = ["wandb"]\n'
+    first, longer = (
+        recipe_of(root, text, train__max_steps=steps, train__warmup_steps=0) for steps in (1, 2)
+    )
+    run_recipe(first, tmp_path / "run")
+    run_recipe(longer, tmp_path / "run", resume=True, allow_change=True)
+    run_recipe(first, tmp_path / "run", overwrite=True)
+    assert told[0] == told[1] != told[2]
+
+
+@pytest.mark.slow
 def test_a_run_can_overwrite_the_run_that_it_starts_from(root, tmp_path):
     text = RECIPE.replace('valid = "python_valid.jsonl"\n', "")
     run_recipe(recipe_of(root, text, train__max_steps=2), tmp_path / "run")
@@ -619,7 +644,7 @@ def test_a_run_that_sleeps_and_whose_child_is_killed_ends_as_if_nothing_had_been
     )
     with started([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) as process:
         wait_for_checkpoint(tmp_path / "run", process)
-        child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]))
+        (child,) = training_of(process.pid)
         os.kill(child, signal.SIGSTOP)
         time.sleep(2)
         os.kill(child, signal.SIGCONT)

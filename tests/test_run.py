@@ -77,7 +77,8 @@ def old_run(path: Path) -> dict[str, bytes]:
         run.append(logged(1))
         run.save_checkpoint(1, writer("old"), {})
         run.publish(writer("old"))
-        for name in ("loss.png", "quarantine.jsonl"):
+        (path / "tensorboard").mkdir()
+        for name in ("loss.png", "quarantine.jsonl", "tasks.jsonl", "tensorboard/events"):
             (path / name).write_text("old")
         (path / "notes.txt").write_text("mine")
     return without_lock(path)
@@ -127,6 +128,16 @@ def test_a_run_that_was_copied_without_hidden_files_is_a_run(tmp_path):
     (tmp_path / "run" / ".lock").unlink()
     with Run(tmp_path / "run", resume=True) as run:
         assert run.checkpoint.step == 1
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_crash_log_of_the_overwritten_run_goes_and_one_of_this_run_stays(tmp_path, restarted):
+    old_run(tmp_path / "run")
+    log = tmp_path / "run" / "crash.log"
+    log.write_text("why")
+    with Run(log.parent, overwrite=True) as run:
+        run.begin("new", restarted=restarted)
+    assert log.exists() == restarted
 
 
 class Killed(BaseException):

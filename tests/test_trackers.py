@@ -12,11 +12,12 @@ from mlx_tuner.system import install
 RECORDS = [train_record(10, 1.25), evaluation(10, 0.75), train_record(20, 1.0)]
 
 
-def told(name, run, records=RECORDS, status="finished") -> list[str]:
+def told(name, run, records=RECORDS, status="finished", *, run_id="one", rate=0.1) -> list[str]:
     """Notes of a run that reports to a tracker."""
     run.mkdir(exist_ok=True)
     notes: list[str] = []
-    reports = Trackers([name], run, {"train.epochs": 3, "model.path": "x"}, notes.append)
+    config = {"train.learning_rate": rate, "model.path": "x"}
+    reports = Trackers([name], run, run_id, config, notes.append)
     for record in records:
         reports.record(record)
     reports.end(summary_of(records, status=status))
@@ -41,19 +42,26 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_reads_back_what_was_logged_and_a_resumed_run_goes_on_in_it(tmp_path, monkeypatch):
+def test_mlflow_has_a_resumed_run_as_one_and_its_replacement_as_another(tmp_path, monkeypatch):
     tracking = pytest.importorskip("mlflow.tracking")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "run"
     assert told("mlflow", run, RECORDS[:2], status="stopped") == []
     assert told("mlflow", run, RECORDS[2:]) == []
+    assert told("mlflow", run, RECORDS[:1], status="stopped", run_id="two", rate=0.2) == []
     client = tracking.MlflowClient(f"sqlite:///{run}/mlflow.db")
     experiment = client.get_experiment_by_name("mlx-tune").experiment_id
-    (found,) = client.search_runs([experiment])
-    history = client.get_metric_history(found.info.run_id, "loss")
-    assert [(m.step, m.value) for m in history] == [(10, 1.25), (20, 1.0)]
-    assert found.data.params == {"train.epochs": "3", "model.path": "x"}
-    assert (found.info.status, found.info.run_name) == ("FINISHED", "run")
+    first, second = client.search_runs([experiment], order_by=["attributes.start_time"])
+
+    def losses(found):
+        history = client.get_metric_history(found.info.run_id, "loss")
+        return [(metric.step, metric.value) for metric in history]
+
+    assert losses(first) == [(10, 1.25), (20, 1.0)]
+    assert first.data.params == {"train.learning_rate": "0.1", "model.path": "x"}
+    assert (first.info.status, first.info.run_name) == ("FINISHED", "run")
+    assert losses(second) == [(10, 1.25)]
+    assert second.data.params == {"train.learning_rate": "0.2", "model.path": "x"}
 
 
 @pytest.mark.slow
@@ -63,6 +71,7 @@ def test_wandb_keeps_its_files_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert told("wandb", tmp_path / "run") == []
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert kept.name == "run-one.wandb"
     content = kept.read_bytes()
     assert b"val_loss" in content
     assert b"0.75" in content
@@ -70,15 +79,24 @@ def test_wandb_keeps_its_files_without_a_network(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_trackio_reads_back_what_was_logged(tmp_path, monkeypatch):
+def test_trackio_has_a_resumed_run_as_one_and_its_replacement_as_another(tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio")
     monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
     monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio")
-    assert told("trackio", tmp_path / "run") == []
+    run = tmp_path / "run"
+    assert told("trackio", run, RECORDS[:2], status="stopped") == []
+    assert told("trackio", run, RECORDS[2:]) == []
+    assert told("trackio", run, RECORDS[:1], run_id="two") == []
     storage = trackio.sqlite_storage.SQLiteStorage
-    (name,) = storage.get_runs("mlx-tune")
-    logs = storage.get_logs("mlx-tune", name)
-    assert [(log["step"], log["loss"]) for log in logs if "loss" in log] == [(10, 1.25), (20, 1.0)]
+
+    def losses(name):
+        logs = storage.get_logs("mlx-tune", name)
+        return [(log["step"], log["loss"]) for log in logs if "loss" in log]
+
+    assert {name: losses(name) for name in storage.get_runs("mlx-tune")} == {
+        "run-one": [(10, 1.25), (20, 1.0)],
+        "run-two": [(10, 1.25)],
+    }
 
 
 class Broken:
@@ -86,7 +104,7 @@ class Broken:
 
     calls = 0
 
-    def __init__(self, run, config):
+    def __init__(self, run, run_id, config):
         pass
 
     def log(self, values, step):

@@ -30,14 +30,12 @@ from mlx_tuner.models.base import check_base, resolve_base
 from mlx_tuner.recipe.load import load_recipe, recipe_for
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.metrics import Figures
-from mlx_tuner.runs.place import RECIPE
+from mlx_tuner.runs.place import RECIPE, TASKS
 from mlx_tuner.runs.verdict import against_base
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device, files
 from mlx_tuner.training import assembly
 from mlx_tuner.words import plural
-
-TASKS = "tasks.jsonl"
 
 
 class Side(Figures):

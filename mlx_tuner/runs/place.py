@@ -23,6 +23,8 @@ REPORT = "report.html"
 SAMPLES = "samples.jsonl"
 GRAD_NORM_PLOT = "grad_norm.png"
 QUARANTINE = "quarantine.jsonl"
+TASKS = "tasks.jsonl"
+TENSORBOARD = "tensorboard"
 CRASH_LOG = "crash.log"
 PREVIOUS = ".previous"
 """A run that is being replaced, until the new one has its first checkpoint."""
@@ -40,6 +42,8 @@ OURS = (
     SAMPLES,
     LOSS_PLOT,
     GRAD_NORM_PLOT,
+    TASKS,
+    TENSORBOARD,
     CHECKPOINTS,
     RECIPE,
 )

@@ -15,6 +15,7 @@ from mlx_tuner.runs.metrics import Record, Sample, Summary, record_from_json
 from mlx_tuner.runs.place import (
     ADAPTER,
     ADAPTER_CONFIG,
+    CRASH_LOG,
     DISCARDED,
     METRICS,
     OURS,
@@ -66,7 +67,9 @@ class Run:
             self._claim.release()
             raise
 
-    def begin(self, recipe_toml: str, *, keep_out_of: Iterable[Path] = ()) -> None:
+    def begin(
+        self, recipe_toml: str, *, keep_out_of: Iterable[Path] = (), restarted: bool = False
+    ) -> None:
         """Start a new run, once everything else is known to be right.
 
         An earlier one is kept until the first checkpoint of this one; it comes back if there is
@@ -74,6 +77,7 @@ class Run:
 
         Args:
             keep_out_of: folders of models and data, which a run must not be written into.
+            restarted: `crash.log` is about an earlier try of this run.
 
         Raises:
             UsageError: the run is in one of `keep_out_of`.
@@ -86,6 +90,8 @@ class Run:
             for name in there:
                 files.move(self.path / name, aside / name)
             files.move(aside, self.path / PREVIOUS)
+        if not restarted:
+            files.discard(self.path / CRASH_LOG)
         files.write_text(self.path / RECIPE, recipe_toml)
         own.remember(recipe_toml)
 

@@ -25,6 +25,7 @@ class Reporter:
         recipe: its TOML, for the page.
         config: the recipe's tables, for trackers.
         trackers: names of those that are told as well.
+        run_id: what they know the run by.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Reporter:
         recipe: str,
         config: Mapping[str, Mapping[str, Any]],
         trackers: Sequence[str],
+        run_id: str,
     ) -> None:
         self._run, self._facts, self._display, self._recipe = run, facts, display, recipe
         keys = {f"{name}.{key}": v for name, table in config.items() for key, v in table.items()}
-        self._trackers = Trackers(trackers, run.path, keys, display.note)
+        self._trackers = Trackers(trackers, run.path, run_id, keys, display.note)
 
     def record(self, record: Record, *, best: bool = False) -> None:
         """A log line, or an evaluation, which may be the best so far."""

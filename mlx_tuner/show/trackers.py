@@ -10,12 +10,12 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_tuner.errors import first_line
 from mlx_tuner.runs.metrics import FINISHED, STOPPED_EARLY, Record, Summary
+from mlx_tuner.runs.place import TENSORBOARD
 from mlx_tuner.system import install
 
 PROJECT = "mlx-tune"
@@ -36,10 +36,10 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run's directory, for `tensorboard --logdir adapters`."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, run_id: str, config: Mapping[str, Any]) -> None:
         from tensorboard.summary import Writer
 
-        self._writer = Writer(str(run / "tensorboard"))
+        self._writer = Writer(str(run / TENSORBOARD))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -53,15 +53,15 @@ class TensorBoard:
 class MLflow:
     """The server of MLFLOW_TRACKING_URI, else a data base in the run's directory."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, run_id: str, config: Mapping[str, Any]) -> None:
         from mlflow.tracking import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve()}/mlflow.db"
         self._client = MlflowClient(uri)
         known = self._client.get_experiment_by_name(PROJECT)
         experiment = known.experiment_id if known else self._client.create_experiment(PROJECT)
-        tags = {"run": str(run.resolve())}
-        same = f"tags.run = '{tags['run']}' and attributes.status = 'RUNNING'"
+        tags = {"run": str(run.resolve()), "run_id": run_id}
+        same = f"tags.run_id = '{run_id}'"
         if found := self._client.search_runs([experiment], same, max_results=1):
             self._run = found[0].info.run_id  # of a process that this one resumes
             return
@@ -81,7 +81,7 @@ class MLflow:
 class WandB:
     """Weights & Biases: online where there is a key, else files in the run's directory."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, run_id: str, config: Mapping[str, Any]) -> None:
         import wandb
 
         offline = "offline" if wandb.api.api_key is None else "online"
@@ -89,7 +89,7 @@ class WandB:
         self._run = wandb.init(
             project=PROJECT,
             name=run.name,
-            id=_identity(run),
+            id=run_id,
             resume="allow",
             dir=str(run),
             config=dict(config),
@@ -108,13 +108,13 @@ class WandB:
 class Trackio:
     """Trackio's own data base on this machine, for `trackio show`."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, run_id: str, config: Mapping[str, Any]) -> None:
         import trackio
 
         self._trackio = trackio
         trackio.init(
             project=PROJECT,
-            name=f"{run.name}-{_identity(run)[:6]}",
+            name=f"{run.name}-{run_id[:6]}",
             config=dict(config),
             resume="allow",
             embed=False,
@@ -129,7 +129,7 @@ class Trackio:
         self._trackio.finish()
 
 
-KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+KINDS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
@@ -143,6 +143,7 @@ class Trackers:
     Args:
         names: of `KINDS`.
         run: its directory.
+        run_id: what a run that goes on has kept, and one that replaces another has not.
         config: the recipe's keys, such as "train.epochs", and their values.
         note: tells the user of one that is left out.
     """
@@ -151,13 +152,14 @@ class Trackers:
         self,
         names: Sequence[str],
         run: Path,
+        run_id: str,
         config: Mapping[str, Any],
         note: Callable[[str], None],
     ) -> None:
         self._note = note
         self._trackers: dict[str, Tracker] = {}
         for name in names:
-            made = self._try(name, lambda name=name: KINDS[name](run, config))  # type: ignore[misc]
+            made = self._try(name, lambda name=name: KINDS[name](run, run_id, config))  # type: ignore[misc]
             if made is not None:
                 self._trackers[name] = made
 
@@ -189,8 +191,3 @@ class Trackers:
     def _leave_out(self, name: str, why: str) -> None:
         self._trackers.pop(name, None)
         self._note(f"{name} is left out: {why}")
-
-
-def _identity(run: Path) -> str:
-    """The same for a run that goes on."""
-    return sha256(str(run.resolve()).encode()).hexdigest()[:16]

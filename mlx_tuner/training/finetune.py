@@ -114,7 +114,8 @@ def finetune(
                 run.go_on(recipe.to_toml())
                 session.publish_kept()
             else:
-                run.begin(recipe.to_toml(), keep_out_of=[folder])
+                again = bool(pulse.restarts)
+                run.begin(recipe.to_toml(), keep_out_of=[folder], restarted=again)
             return session.run_all()
 
 

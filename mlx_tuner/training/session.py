@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import mlx.core as mx
 
@@ -57,19 +58,24 @@ class Progress:
     nonfinite_in_a_row: int = 0
     restarts: int = 0
     """Of the training process, by its supervisor."""
+    run_id: str = field(default_factory=lambda: uuid4().hex[:16])
+    """What trackers know the run by: drawn at its start, since a later run may replace it."""
     meter: Meter = field(default_factory=Meter)
 
     def state(self) -> dict[str, Any]:
         """Plain values, for `resumed`."""
         names = ("best_step", "best_val_loss", "evaluations_since_best", "nonfinite_in_a_row")
-        kept = {name: getattr(self, name) for name in (*names, "restarts")}
+        kept = {name: getattr(self, name) for name in (*names, "restarts", "run_id")}
         return {**kept, "meter": self.meter.state()}
 
     @classmethod
     def resumed(cls, state: dict[str, Any]) -> Progress:
         """The progress that a checkpoint has kept."""
-        names = ("step", "best_step", "best_val_loss", "evaluations_since_best")
-        kept = {name: state[name] for name in (*names, "nonfinite_in_a_row", "restarts")}
+        names = (
+            *("step", "best_step", "best_val_loss", "evaluations_since_best"),
+            *("nonfinite_in_a_row", "restarts", "run_id"),
+        )
+        kept = {name: state[name] for name in names}
         return cls(**kept, meter=Meter.from_json(state["meter"]))
 
 
@@ -229,6 +235,7 @@ class Session:
             recipe=self.recipe.to_toml(),
             config=self.recipe.plain_tables(),
             trackers=self.recipe.report.to if self.trainer.ranks.leads else (),
+            run_id=self.progress.run_id,
         )
 
     @property
