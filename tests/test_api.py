@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -88,7 +89,7 @@ def test_a_mac_is_kept_awake_as_long_as_it_trains(tmp_path: Path, monkeypatch) -
     caffeinate.write_text('#!/bin/sh\necho $$ "$@" > "$0.begun"\nexec sleep 60\n')
     caffeinate.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("mlx_tuner.system.awake.sys", SimpleNamespace(platform="darwin"))
     begun = tmp_path / "caffeinate.begun"
 
     def train(*_: object, **__: object) -> Summary:
