@@ -75,7 +75,8 @@ class Progress:
             *("step", "best_step", "best_val_loss", "evaluations_since_best"),
             *("nonfinite_in_a_row", "restarts", "run_id"),
         )
-        kept = {name: state[name] for name in names}
+        # Checkpoints of an earlier version have no `run_id`.
+        kept = {name: state[name] for name in names if name in state}
         return cls(**kept, meter=Meter.from_json(state["meter"]))
 
 
