@@ -40,7 +40,8 @@ from mlx_tuner.errors import TunerError
 from mlx_tuner.models.adapter import Adapter, write_adapter
 from mlx_tuner.models.adapter_folder import import_adapter
 from mlx_tuner.models.architecture import parameter_count, skeleton
-from mlx_tuner.models.model import load, load_tokenizer, read_config
+from mlx_tuner.models.folder import check_folder
+from mlx_tuner.models.model import load, load_tokenizer
 from mlx_tuner.models.model_files import check_model_folder
 from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.recipe import shipped
@@ -206,7 +207,7 @@ class Kind:
         small_model(self.folder)
 
         def read() -> None:
-            parameter_count(skeleton(read_config(self.folder)))
+            parameter_count(skeleton(check_folder(self.folder)))
             check_model_folder(self.folder)
             model = load(self.folder).model
             mx.eval(model(mx.array([[1, 2, 3]])))

@@ -6,19 +6,16 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import harness
 
 from mlx_tuner.bench.bench import Result
-from mlx_tuner.bench.report import (
-    MARKDOWN_COLUMNS,
-    markdown_row,
-    markdown_table,
-    sweep_markdown,
-)
+from mlx_tuner.bench.report import MARKDOWN_COLUMNS, markdown_row
+from mlx_tuner.bench.sweep import tables
 from mlx_tuner.system import files
-from mlx_tuner.words import ram
+from mlx_tuner.words import plural, ram, rate
 
 INTRODUCTION = """\
 # Benchmarks
@@ -63,13 +60,36 @@ def readme(results: list[dict[str, Any]]) -> str:
     benches = [result for result in results if result["benchmark"] == "bench"]
     if benches:
         parts.append("## `mlx-tune bench`\n")
-        parts.append(markdown_table(MARKDOWN_COLUMNS, map(markdown_row, benches)) + "\n")
+        parts.append(_table(MARKDOWN_COLUMNS, map(markdown_row, benches)) + "\n")
         parts.append("\n".join(f"- {_origin(result)}" for result in benches) + "\n")
     for result in results:
         if result["benchmark"] != "bench":
-            table = sweep_markdown if result["benchmark"] == "sweep" else harness.table_of
+            table = table_of_sweep if result["benchmark"] == "sweep" else harness.table_of
             parts += [f"## {result['benchmark']}\n", f"{_origin(result)}\n", f"{table(result)}\n"]
     return "\n".join(parts)
+
+
+def table_of_sweep(found: Result) -> str:
+    """A sweep's tokens a second, a table for each quantisation."""
+    return "\n\n".join(
+        _table(
+            [form, *(f"{seq} tokens" for seq in found["seqs"])],
+            [_row([plural(row[0]["batch_size"], "row"), *map(_cell, row)]) for row in cells],
+        )
+        for form, cells in tables(found)
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[str]) -> str:
+    return "\n".join((_row(header), _row(["---"] * len(header)), *rows))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    return cell["skipped"] or rate(cell["tokens_per_second"])
 
 
 def _origin(result: Result) -> str:

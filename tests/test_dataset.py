@@ -210,7 +210,7 @@ def test_control_tokens_that_rows_spell_are_counted(tmp_path, tokenizer):
 def test_figures_of_a_file_longer_than_the_survey_are_estimates(tmp_path, tokenizer):
     path = write(tmp_path, [row(i, words=i % 3) for i in range(100, 160)])
     whole, part = opened(path, tokenizer), opened(path, tokenizer, surveyed_rows=6)
-    assert (whole.is_counted, part.is_counted) == (True, False)
+    assert (whole.survey.is_complete, part.survey.is_complete) == (True, False)
     surveyed = [len(e.tokens) for e in whole.examples(range(6))]
     assert part.tokens == round(sum(surveyed) / 6 * 60)
     assert part.survey.longest == max(surveyed)

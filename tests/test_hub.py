@@ -174,7 +174,7 @@ def test_a_file_of_rows_is_taken_by_name_from_a_folder_and_checked(fake):
     files = fake.repositories["datasets/acme/rows"].files
     files["data/train.jsonl.gz"] = b"gz"
     fake.repositories["datasets/acme/rows"].served["data/train.jsonl.gz"] = [b"??"]
-    path = hub.download_dataset_file("acme/rows/data/train.jsonl.gz", COMMIT)
+    path = hub.download_dataset_file("acme/rows/data/train.jsonl.gz")
     assert path.read_bytes() == b"gz"
 
 

@@ -93,7 +93,8 @@ def test_factors_stay_fp32_and_products_take_the_inputs_dtype():
 
 def test_num_layers_counts_from_the_last_block():
     model = skeleton(BASE)
-    paths = lora.attach(model, rank=2, scale=1.0, target_modules=["q_proj"], num_layers=2)
+    lora.attach(model, rank=2, scale=1.0, target_modules=["q_proj"], num_layers=2)
+    paths = list(lora.adapted_modules(model))
     assert paths == ["model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]
 
 

@@ -9,7 +9,8 @@ from model_folders import BUILTIN, CONFIGS
 from mlx_tuner.commands.plan import padding, plan
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.architecture import dtype_of
-from mlx_tuner.models.model import load_tokenizer, read_config
+from mlx_tuner.models.folder import check_folder
+from mlx_tuner.models.model import load_tokenizer
 from mlx_tuner.recipe.load import parse_recipe
 from mlx_tuner.show import story
 from mlx_tuner.system import device
@@ -38,7 +39,7 @@ def recipe(tmp_path):
 
 def memory_with(budget, recipe, monkeypatch):
     monkeypatch.setattr(device, "memory_budget", lambda: budget)
-    config = read_config(BUILTIN)
+    config = check_folder(BUILTIN)
     data = assembly.open_data(recipe, load_tokenizer(BUILTIN))
     return needs.memory_of(recipe, needs.skeleton(recipe, config), config, data.train)
 

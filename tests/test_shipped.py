@@ -63,4 +63,4 @@ def test_a_name_that_is_no_recipe_is_answered_with_those_that_are(tmp_path: Path
 
 
 def test_every_recipe_is_listed_with_a_sentence() -> None:
-    assert all(recipe.about.endswith(".") and len(recipe.about) < 120 for recipe in listed())
+    assert all(about.endswith(".") and len(about) < 120 for about in listed().values())

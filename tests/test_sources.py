@@ -327,10 +327,11 @@ def test_a_row_of_a_file_that_was_cut_short_is_not_read_as_a_shorter_one(tmp_pat
         rows[1]
 
 
-def test_closing_gives_the_descriptor_back(tmp_path):
-    with Source(write(tmp_path, "1\n")) as rows:
-        descriptor = rows._descriptor
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+def test_dropping_it_gives_the_descriptor_back(tmp_path):
+    rows = Source(write(tmp_path, "1\n"))
+    descriptor = rows._descriptor
+    assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+    del rows
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
 

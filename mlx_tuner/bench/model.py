@@ -15,6 +15,7 @@ from mlx_tuner.engine.batching import Example
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.models import model as models
 from mlx_tuner.models.architecture import skeleton
+from mlx_tuner.models.folder import check_folder
 
 # family-size: hidden, intermediate, layers, heads, kv heads, vocabulary; the head is tied to the
 # embedding where the vocabulary is 151,936 and the size is below 7B. From the published configs.
@@ -136,7 +137,7 @@ def find(name: str) -> tuple[dict[str, Any], Path | None]:
     """Config and folder of a folder or Hub name; the config alone of a shape."""
     if name.startswith(models.BUILTIN) or "/" in name or Path(name).is_dir():
         folder = models.resolve(name)
-        return models.read_config(folder), folder
+        return check_folder(folder), folder
     return config_of(name), None
 
 

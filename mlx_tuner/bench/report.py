@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -47,42 +47,21 @@ def markdown_row(found: Result) -> str:
     cores = f", {machine['gpu_cores']} GPU cores" if machine["gpu_cores"] else ""
     backend = "CPU with OpenBLAS" if machine["openblas"] else machine["backend"].upper()
     factor = found["baseline"]["factor"] if work["model"] == BASELINE_MODEL else None
-    return _row(
-        (
-            f"{machine['chip']}{cores}, {backend}",
-            ram(machine["memory_bytes"]),
-            machine["os"],
-            machine["mlx"],
-            _form(work),
-            str(work["batch_size"]),
-            _spread(training["samples_per_second"]),
-            rate(training["tokens_per_second"]["median"]),
-            f"{training['peak_memory_gb']:.2f} GB",
-            "" if training["tflops"] is None else f"{training['tflops']:.3g}",
-            "" if training["percent_of_peak"] is None else f"{training['percent_of_peak']:.0f} %",
-            "" if factor is None else f"{factor:.2f}",
-            found["date"][:10],
-        )
+    cells = (
+        f"{machine['chip']}{cores}, {backend}",
+        ram(machine["memory_bytes"]),
+        machine["os"],
+        machine["mlx"],
+        _form(work),
+        str(work["batch_size"]),
+        _spread(training["samples_per_second"]),
+        rate(training["tokens_per_second"]["median"]),
+        f"{training['peak_memory_gb']:.2f} GB",
+        "" if training["tflops"] is None else f"{training['tflops']:.3g}",
+        "" if training["percent_of_peak"] is None else f"{training['percent_of_peak']:.0f} %",
+        "" if factor is None else f"{factor:.2f}",
+        found["date"][:10],
     )
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[str]) -> str:
-    """The rows under their header."""
-    return "\n".join((_row(header), _row(["---"] * len(header)), *rows))
-
-
-def sweep_markdown(found: Result) -> str:
-    """A sweep's tokens a second, a table for each quantisation."""
-    return "\n\n".join(
-        markdown_table(
-            [form, *(f"{seq} tokens" for seq in found["seqs"])],
-            [_row([plural(row[0]["batch_size"], "row"), *map(_cell, row)]) for row in cells],
-        )
-        for form, cells in tables(found)
-    )
-
-
-def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

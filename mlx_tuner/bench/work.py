@@ -129,7 +129,7 @@ class Work:
         shape = flops.ModelDims.from_config(self.config)
         adapters = flops.Adapters(RANK, TARGET_MODULES, shape.layers)
         steps = self.steps(micro_batch_tokens)
-        return sum(flops.step_flops(shape, step, adapters).total for step in steps)
+        return sum(flops.step_flops(shape, step, adapters) for step in steps)
 
     def steps(self, micro_batch_tokens: int) -> list[Step]:
         """The batches as micro-batches."""

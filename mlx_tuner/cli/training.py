@@ -158,8 +158,8 @@ def recipes() -> None:
     """The shipped recipes, which run and plan take by name."""
     from mlx_tuner.commands.init import listed
 
-    for recipe in listed():
-        click.echo(f"{recipe.name:<12}  {recipe.about}")
+    for name, about in listed().items():
+        click.echo(f"{name:<12}  {about}")
 
 
 @click.command(epilog=example("init codealpaca -o recipes"))

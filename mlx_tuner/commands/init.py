@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
@@ -18,18 +17,9 @@ _ROWS = re.compile(r'"\.\./(data/[^"]+)"')
 _COLUMN = 40
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A shipped recipe."""
-
-    name: str
-    about: str
-    """The first sentence of its comment."""
-
-
-def listed() -> list[Listed]:
-    """The shipped recipes, by name."""
-    return [Listed(name, _about(path.read_text("utf-8"))) for name, path in _all().items()]
+def listed() -> dict[str, str]:
+    """The shipped recipes by name, and the first sentence of each one's comment."""
+    return {name: _about(path.read_text("utf-8")) for name, path in shipped.recipes().items()}
 
 
 def init(name: str, folder: Path) -> list[Path]:
@@ -42,11 +32,11 @@ def init(name: str, folder: Path) -> list[Path]:
         UsageError: there is no such recipe, or a file is there already.
         RunError: writing failed.
     """
-    if name not in _all():
-        what = f"no such recipe; the shipped ones are {', '.join(_all())}"
+    known = shipped.recipes()
+    if name not in known:
+        what = f"no such recipe; the shipped ones are {', '.join(known)}"
         raise UsageError(Fault(name, "", what))
-    source = _all()[name]
-    text = source.read_text("utf-8")
+    text = known[name].read_text("utf-8")
     rows = dict.fromkeys(_ROWS.findall(text))
     made = [folder / f"{name}.toml", *(folder / row for row in rows)]
     if there := [path for path in made if path.exists()]:
@@ -57,10 +47,6 @@ def init(name: str, folder: Path) -> list[Path]:
         files.write_bytes(folder / row, (shipped.folder() / row).read_bytes())
     files.write_text(made[0], _with_every_key(own))
     return made
-
-
-def _all() -> dict[str, Path]:
-    return shipped.recipes()
 
 
 def _about(text: str) -> str:

@@ -11,7 +11,7 @@ from mlx_tuner.commands import links
 from mlx_tuner.data.dataset import Dataset, Task, untold
 from mlx_tuner.models import model as models
 from mlx_tuner.models.architecture import parameter_count
-from mlx_tuner.models.folder import has_tokenizer
+from mlx_tuner.models.folder import check_folder, has_tokenizer
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.training import assembly, needs
@@ -87,7 +87,7 @@ def plan(
         TunerError: whatever would stop the run before its first step.
     """
     folder = models.resolve(recipe.model.path, recipe.model.revision)
-    config = models.read_config(folder)
+    config = check_folder(folder)
     with_tokenizer = has_tokenizer(folder)
     tokenizer = folder if with_tokenizer else models.resolve("builtin:tiny-qwen")
     data = assembly.open_data(recipe, models.load_tokenizer(tokenizer), task)
@@ -117,7 +117,7 @@ def plan(
         valid_rows=len(data.valid) if data.valid is not None else 0,
         tokens=data.train.tokens,
         target_tokens=data.train.target_tokens,
-        is_counted=data.train.is_counted,
+        is_counted=data.train.survey.is_complete,
         eval_every=assembly.eval_every(recipe, rows) if data.valid is not None else None,
         notes=data.train.notes,
         trainable_parameters=trainable,

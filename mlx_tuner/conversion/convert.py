@@ -49,7 +49,6 @@ through a deep model. Beyond that a result is broken: two unrelated models diffe
 class Conversion:
     """What was made."""
 
-    folder: Path
     model: str
     commit: str | None
     """Of a Hub model."""
@@ -104,7 +103,7 @@ def convert(
                 )
                 raise ModelError(Fault(str(output), "", what))
         commit = source.folder.name if source.folder.parent.name == "snapshots" else None
-        made = Conversion(output, model, commit, work.form, work.bytes, check, source.notes)
+        made = Conversion(model, commit, work.form, work.bytes, check, source.notes)
         files.write_text(folder / CARD, _card(made))
     return made
 

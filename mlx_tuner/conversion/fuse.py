@@ -45,7 +45,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 class Fused:
     """What was made."""
 
-    folder: Path
     source: Path
     base: str
     """As the user names it."""
@@ -94,7 +93,7 @@ def fuse(
                 rows, base.folder, adapter, lambda: load_in_float32(folder), work.quantise_alike
             )
         require_kept(check, output, quantised=bits is not None)
-        made = Fused(output, source, model or adapter.base, work.form, work.bytes, check)
+        made = Fused(source, model or adapter.base, work.form, work.bytes, check)
         _write_card(folder, made)
     return made
 

@@ -266,11 +266,6 @@ class Dataset:
         return hashlib.blake2b(self.digests.data, digest_size=16).hexdigest()
 
     @property
-    def is_counted(self) -> bool:
-        """Whether `tokens` and `target_tokens` are exact."""
-        return self.survey.is_complete
-
-    @property
     def tokens(self) -> int:
         """Tokens of all rows, from the surveyed ones."""
         return self._in_all(self.survey.tokens)
@@ -283,7 +278,7 @@ class Dataset:
     def _in_all(self, counts: np.ndarray) -> int:
         usable = counts[self.survey.usable]
         total = int(usable.sum())
-        return total if self.is_counted else round(total / max(len(usable), 1) * len(self))
+        return total if self.survey.is_complete else round(total / max(len(usable), 1) * len(self))
 
     @property
     def rows_per_second(self) -> float | None:

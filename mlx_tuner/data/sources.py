@@ -59,20 +59,20 @@ Identity = tuple[int, int, int, int]
 class Source:
     """The bytes of a file's rows, in order or from anywhere. Several threads may read.
 
-    To be closed, as a context manager or by dropping it.
+    The file is closed once this is dropped.
 
     Raises:
         DataError: it is not a file of rows, or is damaged.
         RunError: what is packed in it cannot be written into the cache.
     """
 
-    def __init__(self, path: Path, cache_dir: Path | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         """The user's file."""
         self._identity = _identity(path)
-        plain = _unpacked(path, self._identity, cache_dir or cache.user_folder())
+        plain = _unpacked(path, self._identity)
         self._descriptor = _open(plain, path)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
         """Bytes."""
         head = os.pread(self._descriptor, 64, 0)
@@ -84,16 +84,6 @@ class Source:
                 what = f"an array of more than {MAX_ARRAY_BYTES >> 30} GiB; write one row a line"
                 raise refusal(path, what)
             self._array = b"".join(self._blocks(0))
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the file back; rows cannot be read any more."""
-        self._close()
 
     def rows(self) -> Iterator[tuple[int, int, bytes]]:
         """Offset, line and bytes of each row, with the space around it."""
@@ -204,13 +194,13 @@ def _check_content(path: Path, head: bytes) -> None:
 # --- Packed files -------------------------------------------------------------------------------
 
 
-def _unpacked(path: Path, identity: Identity, cache_dir: Path) -> Path:
+def _unpacked(path: Path, identity: Identity) -> Path:
     """The file itself, or what is packed in it, unpacked unless that was done before."""
     unpack = {".gz": _gunzip, ".parquet": _parquet_rows}.get(path.suffix.lower())
     if unpack is None:
         return path
     os.close(_open(path, path))  # So that a file that cannot be read is no fault of unpacking it.
-    plain = cache.path_for(cache_dir, path, identity, ".rows")
+    plain = cache.path_for(path, identity)
     if plain.exists():
         return plain
     with files.replacing(plain) as temporary, temporary.open("wb") as file:

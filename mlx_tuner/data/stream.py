@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from queue import Empty, Queue
-from typing import Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from mlx_tuner.engine.batching import Example
+
+if TYPE_CHECKING:
+    from mlx_tuner.data.dataset import Dataset
 
 WINDOW_ROWS = 512
 """Rows that are encoded at once: enough to keep all cores busy."""
 
-_WINDOWS_AHEAD = 2
-
-
-class Examples(Protocol):
-    """What gives examples by position, such as a `Dataset`."""
-
-    def batches(self, steps: Sequence[Sequence[int]]) -> list[list[Example]]:
-        """The examples at the positions of each of `steps`."""
+_WINDOWS_AHEAD = 3
+"""Two that wait, and the one in hand."""
 
 
 def prefetch(
-    dataset: Examples, steps: Iterable[Sequence[int]], window: int = WINDOW_ROWS
+    dataset: Dataset, steps: Iterable[Sequence[int]], window: int = WINDOW_ROWS
 ) -> Iterator[list[Example]]:
     """The examples of each of `steps`, a list of positions each, in their order.
 
@@ -32,30 +29,17 @@ def prefetch(
     is raised here, in its place. The thread ends with the iterator, also where that is closed or
     dropped before its end.
     """
-    queue: Queue[list[list[Example]] | BaseException | None] = Queue(_WINDOWS_AHEAD)
-    stopped = threading.Event()
-
-    def work() -> None:
-        try:
-            for positions in _windows(steps, window):
-                queue.put(dataset.batches(positions))
-                if stopped.is_set():
-                    return
-            queue.put(None)
-        except BaseException as error:
-            queue.put(error)
-
-    thread = threading.Thread(target=work, name="mlx-tune rows", daemon=True)
-    thread.start()
+    ahead: deque[Future[list[list[Example]]]] = deque()
+    pool = ThreadPoolExecutor(1, "mlx-tune rows")
     try:
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield from item
+        for positions in _windows(steps, window):
+            ahead.append(pool.submit(dataset.batches, positions))
+            if len(ahead) > _WINDOWS_AHEAD:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
     finally:
-        stopped.set()
-        _empty(queue)  # Lets a thread go on that waits for room; it puts one more at most.
-        thread.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def _windows(steps: Iterable[Sequence[int]], window: int) -> Iterator[list[Sequence[int]]]:
@@ -69,11 +53,3 @@ def _windows(steps: Iterable[Sequence[int]], window: int) -> Iterator[list[Seque
             rows, wanted, steps_of_window = 0, window, []
     if steps_of_window:
         yield steps_of_window
-
-
-def _empty(queue: Queue) -> None:
-    try:
-        while True:
-            queue.get_nowait()
-    except Empty:
-        pass

@@ -83,32 +83,9 @@ class Adapters:
     """How many blocks, counted from the last."""
 
 
-@dataclass(frozen=True)
-class Flops:
-    """FLOP by what they are spent on."""
-
-    linears: int = 0
-    adapters: int = 0
-    attention: int = 0
-    head: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.linears + self.adapters + self.attention + self.head
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(
-            self.linears + other.linears,
-            self.adapters + other.adapters,
-            self.attention + other.attention,
-            self.head + other.head,
-        )
-
-
 def step_flops(
     shape: ModelDims, step: Step, adapters: Adapters, *, checkpointing: bool = False
-) -> Flops:
+) -> int:
     """FLOP of one optimizer step, forward and backward, as the module's docstring counts them."""
     total = _prefix_states(shape, len(step.prefix), adapters)
     for batch in step.micro_batches:
@@ -118,7 +95,7 @@ def step_flops(
 
 def _micro_batch(
     shape: ModelDims, batch: MicroBatch, adapters: Adapters, checkpointing: bool
-) -> Flops:
+) -> int:
     tokens, targets = len(batch.tokens), len(batch.sources)
     # Two products of so many FLOP each, forward: scores and values.
     prefix = batch.prefix + batch.past
@@ -126,7 +103,7 @@ def _micro_batch(
     inside = score * batch.prefix**2
     groups = score * sum(rows * longest * (prefix + longest) for rows, longest in batch.groups)
 
-    total = Flops(head=2 * 2 * targets * shape.hidden * shape.vocabulary)
+    total = 2 * 2 * targets * shape.hidden * shape.vocabulary
     # Whether a gradient is needed of the block's input, …
     needs_input = False
     # … and of the keys and values that were computed elsewhere.
@@ -159,57 +136,51 @@ def _micro_batch(
     return total
 
 
-def _linear(shape: ModelDims, name: str, rows: int, rank: int, needs_input: bool) -> Flops:
+def _linear(shape: ModelDims, name: str, rows: int, rank: int, needs_input: bool) -> int:
     """Forward and backward of a linear layer and its adapter (rank 0: none)."""
     inputs, outputs = shape.linear(name)
-    return Flops(
-        linears=2 * rows * inputs * outputs * (1 + needs_input),
-        adapters=2 * rows * rank * (inputs * (2 + needs_input) + outputs * 3),
-    )
+    frozen = 2 * rows * inputs * outputs * (1 + needs_input)
+    return frozen + 2 * rows * rank * (inputs * (2 + needs_input) + outputs * 3)
 
 
-def _attention(needs: Mapping[str, bool], product: int, *, forward: int) -> Flops:
+def _attention(needs: Mapping[str, bool], product: int, *, forward: int) -> int:
     """``forward`` products, and of the backward pass those whose result is needed.
 
     dV = PᵀdO; dP = dO Vᵀ, then dQ = dS K and dK = dSᵀQ.
     """
     queries, keys, values = needs["q_proj"], needs["k_proj"], needs["v_proj"]
-    return Flops(attention=product * (forward + values + (queries or keys) + queries + keys))
+    return product * (forward + values + (queries or keys) + queries + keys)
 
 
 def _recomputed(
     shape: ModelDims, tokens: int, ends: int, adapted: Collection[str], rank: int, product: int
-) -> Flops:
+) -> int:
     """A checkpointed block's second forward pass: all but the block's last product."""
-    total = Flops(attention=2 * product)
+    total = 2 * product
     for name in LINEARS:
         rows = tokens if name in ("q_proj", "k_proj", "v_proj") else ends
         inputs, outputs = shape.linear(name)
         outputs = 0 if name == "down_proj" else outputs
-        total += Flops(
-            linears=2 * rows * inputs * outputs,
-            adapters=2 * rows * rank * (inputs + outputs) if name in adapted else 0,
-        )
+        total += 2 * rows * inputs * outputs
+        total += 2 * rows * rank * (inputs + outputs) * (name in adapted)
     return total
 
 
-def _prefix_states(shape: ModelDims, tokens: int, adapters: Adapters) -> Flops:
+def _prefix_states(shape: ModelDims, tokens: int, adapters: Adapters) -> int:
     """Forward of a prefix for its keys and values: of the last block only those two."""
-    total = Flops()
+    total = 0
     for block in range(shape.layers):
         last = block == shape.layers - 1
         adapted = _adapted(shape, adapters, block)
         for name in ("k_proj", "v_proj") if last else LINEARS:
             inputs, outputs = shape.linear(name)
-            total += Flops(
-                linears=2 * tokens * inputs * outputs,
-                adapters=2 * tokens * adapters.rank * (inputs + outputs) * (name in adapted),
-            )
+            total += 2 * tokens * inputs * outputs
+            total += 2 * tokens * adapters.rank * (inputs + outputs) * (name in adapted)
         if not last:
-            total += Flops(attention=2 * 2 * shape.heads * shape.head_size * tokens**2)
+            total += 2 * 2 * shape.heads * shape.head_size * tokens**2
         elif "q_proj" in adapted and adapted & {"k_proj", "v_proj"}:
             # The A matrices share one product, that of the queries with them.
-            total += Flops(adapters=2 * tokens * adapters.rank * shape.hidden)
+            total += 2 * tokens * adapters.rank * shape.hidden
     return total
 
 

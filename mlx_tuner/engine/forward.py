@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.nn.utils import checkpoint
 
 from mlx_tuner.engine import linear_attention, lora
 from mlx_tuner.engine.backend import CPU, Backend
@@ -145,7 +145,7 @@ def _through_blocks(
         )
         last = i == len(model.layers) - 1
         run = partial(_block, block, layout, run, sources if last else None)
-        run = _checkpointed(block, run) if checkpointing else run
+        run = checkpoint(block, run) if checkpointing else run
         x, *state = run(x, *(past[i] if past else ()))
         inside.append(tuple(state))
     return x, inside
@@ -272,14 +272,3 @@ def _split(x: mx.array, layout: Layout) -> list[mx.array]:
         ends.append(end)
         end += rows * longest
     return mx.split(x, ends)
-
-
-def _checkpointed(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` that keeps only its inputs for the backward pass (Chen 2016, arXiv:1604.06174)."""
-
-    def inner(parameters: dict[str, mx.array], *args: Any) -> Any:
-        module.update(tree_unflatten(list(parameters.items())))
-        return run(*args)
-
-    parameters = dict(tree_flatten(module.trainable_parameters()))
-    return lambda *args: mx.checkpoint(inner)(parameters, *args)

@@ -21,8 +21,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_tuner.errors import Fault, ModelError
 
-ALL_LINEAR: Literal["all-linear"] = "all-linear"
-
 # Routers pick experts; adapting them changes which weights train, so "all-linear" leaves them out.
 ROUTERS = frozenset({"gate", "shared_expert_gate"})
 
@@ -182,16 +180,13 @@ def attach(
     num_layers: int | None = None,
     seed: int = 0,
     layer: type[LoRALinear] = LoRALinear,
-) -> list[str]:
+) -> None:
     """Freeze the model and put a LoRA layer in place of each target, in its last blocks.
 
     Args:
         target_modules: last segments of module names (``q_proj``), or ``"all-linear"``.
         num_layers: how many blocks, counted from the last; all where None.
         layer: the kind of LoRA layer.
-
-    Returns:
-        The paths of the adapted modules, in the model's order.
 
     Raises:
         ModelError: a target matches no linear layer, or there are fewer blocks than asked for.
@@ -205,7 +200,6 @@ def attach(
         for path, key in zip(targets, keys, strict=True)
     ]
     model.update_modules(tree_unflatten(adapted))
-    return targets
 
 
 def number_layers(model: nn.Module) -> None:
@@ -232,7 +226,7 @@ def find_targets(
     first = 0 if num_layers is None else blocks - num_layers
     linears = [(path, int(m[1])) for path, m in _block_linears(model)]
     names = {path: path.rsplit(".", 1)[-1] for path, _ in linears}
-    if target_modules == ALL_LINEAR:
+    if target_modules == "all-linear":
         wanted = set(names.values()) - ROUTERS
     else:
         wanted = set(target_modules)
@@ -294,12 +288,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def set_dropout_keys(model: nn.Module, keys: mx.array | None) -> None:
-    """Give LoRA layers the `token_keys` (N, 2) of the tokens that come next; None: no dropout."""
-    if keys is not None:
-        for _, module in model.named_modules():
-            if isinstance(module, LoRALinear):
-                module._dropout_keys = keys
+def set_dropout_keys(model: nn.Module, keys: mx.array) -> None:
+    """Give LoRA layers the `token_keys` (N, 2) of the tokens that come next."""
+    for _, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            module._dropout_keys = keys
 
 
 def fuse_all(model: nn.Module, dtype: mx.Dtype | None = None) -> None:

@@ -19,6 +19,7 @@ own.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,11 +120,7 @@ class StepMemory:
 
 def _last(most: int, fits: Any) -> int:
     """The largest number up to ``most`` that fits, where all smaller ones fit; or 0."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, most + 1), True, key=lambda n: not fits(n))
 
 
 def step_memory(

@@ -68,14 +68,12 @@ def adamw(
     learning_rate: mx.array | float,
     *,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
 ) -> State:
     """One update with decoupled weight decay and bias correction, as torch's AdamW.
 
     (Loshchilov & Hutter 2019, arXiv:1711.05101.)
     """
-    b1, b2 = betas
+    b1, b2, eps = 0.9, 0.999, 1e-8
     updates = state.updates + 1
     m = b1 * state.first_moment + (1 - b1) * gradient
     v = b2 * state.second_moment + (1 - b2) * mx.square(gradient)

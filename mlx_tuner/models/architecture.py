@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -45,33 +46,30 @@ def skeleton(config: dict[str, Any], where: str = "config.json") -> nn.Module:
 def _built(config: dict[str, Any]) -> nn.Module:
     model_class, args_class = mlx_lm_utils._get_classes(config)
     model = model_class(args_class.from_dict(config))
-    if quantization := config.get("quantization"):
-        nn.quantize(
-            model,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            mode=quantization.get("mode", "affine"),
-            class_predicate=lambda path, module: quantization.get(
-                path, hasattr(module, "to_quantized")
-            ),
-        )
+    if how := config.get("quantization"):
+        quantise_layers(model, how)
     return model
+
+
+def quantise_layers(
+    model: nn.Module, how: dict[str, Any], has_scales: Callable[[str], bool] = lambda path: True
+) -> None:
+    """Quantise the layers that have scales, by their paths, each as a config's table says."""
+    nn.quantize(
+        model,
+        group_size=how["group_size"],
+        bits=how["bits"],
+        mode=how.get("mode", "affine"),
+        class_predicate=lambda path, layer: how.get(
+            path, hasattr(layer, "to_quantized") and has_scales(path)
+        ),
+    )
 
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the model as it was before quantisation, adapters included."""
-    return sum(
-        _dense_size(module)
-        for _, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    ) + sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
-
-
-def _dense_size(module: nn.Module) -> int:
-    bits = getattr(module, "bits", None)
-    sizes = dict(tree_flatten(module.parameters()))
-    if bits is None:
-        return sum(v.size for v in sizes.values())
-    return sizes["weight"].size * 32 // bits + (sizes["bias"].size if "bias" in sizes else 0)
+    adapters = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+    return int(mlx_lm_utils.get_total_parameters(model)) + adapters
 
 
 def config_dtype(config: dict[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """The gate to a model folder: what it names and how its files lie, before anybody reads it.
 
-Only JSON is read here. Every way to a model (`model.read_config`, `load_tokenizer`, `load`, and
+Only JSON is read here. Every way to a model (`model.load_tokenizer`, `load`, and
 `model_files.check_model_folder`) begins here, since mlx-lm and transformers open what they find.
 """
 
@@ -93,7 +93,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(Fault(str(path), "", "missing; is this a model folder?"))
     if faults := list(_file_faults(folder)):
         raise ModelError(*faults)
-    config = read_json(path, folder)
+    config = read_json(path)
     faults = [Fault(str(path), key, what) for key, what in _config_faults(config)]
     if (folder / "hf_quant_config.json").exists() and "quantization" not in config:
         faults.append(Fault(str(folder / "hf_quant_config.json"), "", NOT_OURS))

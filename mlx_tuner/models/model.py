@@ -107,12 +107,3 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
     inner = tokenizer._tokenizer
     inner.apply_chat_template = chat_template.Bounded(inner)
     return tokenizer
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json``.
-
-    Raises:
-        ModelError: the folder must not be read, or is of a model that this package does not train.
-    """
-    return check_folder(folder)

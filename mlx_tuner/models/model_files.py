@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_tuner.errors import Fault, ModelError, first_line
-from mlx_tuner.models.architecture import skeleton
+from mlx_tuner.models.architecture import quantise_layers, skeleton
 from mlx_tuner.models.folder import (
     CODE_KEYS,
     CONFIG,
@@ -165,7 +164,7 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
         if hasattr(model, "sanitize"):
             weights = model.sanitize(weights)
         if quantised:
-            _quantise(model, config["quantization"], weights)
+            quantise_layers(model, config["quantization"], lambda path: f"{path}.scales" in weights)
         model(mx.zeros((1, 2), mx.int32))  # a graph that is never computed: numbers of a wrong type
     except KeyError as error:
         raise ModelError(Fault(str(folder), str(error.args[0]), "missing")) from None
@@ -186,19 +185,6 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
             faults.append(Fault(str(folder), name, what))
     if faults:
         raise ModelError(*_shortened(sorted(faults, key=lambda fault: fault.field), folder))
-
-
-def _quantise(model: nn.Module, how: dict[str, Any], weights: dict[str, mx.array]) -> None:
-    """Quantise the layers that have scales, as mlx-lm does when it loads a folder."""
-    nn.quantize(
-        model,
-        group_size=how["group_size"],
-        bits=how["bits"],
-        mode=how.get("mode", "affine"),
-        class_predicate=lambda path, layer: how.get(
-            path, hasattr(layer, "to_quantized") and f"{path}.scales" in weights
-        ),
-    )
 
 
 def _shortened(faults: list[Fault], folder: Path) -> list[Fault]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -24,15 +23,9 @@ class Side:
     device: mx.Device
     backend: Backend
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> AbstractContextManager[object]:
         """Compute on this device."""
-        before = mx.default_device()
-        mx.set_default_device(self.device)
-        try:
-            yield
-        finally:
-            mx.set_default_device(before)
+        return mx.stream(self.device)
 
 
 TRUTH = Side(mx.Device(mx.cpu), CPU)

@@ -22,6 +22,7 @@ from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer, train
 from mlx_tuner.models import model as models
 from mlx_tuner.models.architecture import skeleton
+from mlx_tuner.models.folder import check_folder
 from mlx_tuner.proof.operations import LENGTHS, PREFIX, relative
 from mlx_tuner.proof.sides import DTYPES, TRUTH, Outcome, Side
 
@@ -112,7 +113,7 @@ def _weights(name: str) -> tuple[dict[str, Any], Any, dict[str, mx.array]]:
     with TRUTH.here():
         if name.startswith(models.BUILTIN):
             folder = models.resolve(name)
-            config, model = models.read_config(folder), models.load(folder).model
+            config, model = check_folder(folder), models.load(folder).model
         else:
             config = random.tiny_config(name, vocab_size=256)
             model = random.random_model(config, mx.float32)

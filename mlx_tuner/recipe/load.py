@@ -75,7 +75,7 @@ def parse_recipe(
             checked[key[0]] = checked[key[0]].model_copy(update={key[1]: path})
     report.raise_faults()
     name = Path(source).stem
-    return Recipe(folder.name if name == "recipe" else name, folder, **checked)
+    return Recipe(folder.name if name == "recipe" else name, **checked)
 
 
 def recipe_for(

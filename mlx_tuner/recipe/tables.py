@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -206,8 +205,6 @@ class Recipe:
 
     name: str
     """The file's stem; of a file called recipe.toml, as a run has it, its folder's name."""
-    folder: Path
-    """Where relative paths started from."""
     model: ModelTable
     data: DataTable
     lora: LoraTable

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mlx_tuner.errors import first_line
 
@@ -36,10 +36,6 @@ class Handover:
     """Standard error as the person sees it; descriptor 2 is the supervisor's to read."""
     restarts: int | None
     """All restarts of the run so far; None in the first start, which asks its checkpoint."""
-
-    def to_json(self) -> str:
-        """One line, for `VARIABLE`."""
-        return json.dumps(asdict(self))
 
 
 class Pulse:

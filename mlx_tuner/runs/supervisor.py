@@ -6,6 +6,7 @@ a run is never free before both are gone; and it ends when this process does (`p
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ class _Child:
             os.set_inheritable(descriptor, True)
         handover = pulse.Handover(lock, pulse_out, alive_in, terminal, self._state.restarts)
         environ = blas.environment(os.environ)
-        environ[pulse.VARIABLE] = handover.to_json()
+        environ[pulse.VARIABLE] = json.dumps(asdict(handover))
         self.pid = os.posix_spawn(
             sys.executable,
             self._state.command(),

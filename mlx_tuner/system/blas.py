@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 OFF = "MLX_TUNE_NO_PRELOAD"
 """Environment variable that turns preloading off."""
@@ -29,27 +28,20 @@ _FILES = (
 )
 
 
-class Probe(Protocol):
-    """What is asked of the machine; `device.Probe` answers too."""
+class Probe:
+    """What is asked of the machine here. A test replaces the methods; `device.Probe` asks more."""
 
-    @property
-    def system(self) -> str: ...
-
-    def text(self, path: str) -> str: ...
-
-    def exists(self, path: str) -> bool: ...
-
-
-class _Here:
-    system = platform.system()
+    system: str = platform.system()
 
     def text(self, path: str) -> str:
+        """A small text file; empty where it cannot be read."""
         try:
             return Path(path).read_text(errors="replace")
         except OSError:
             return ""
 
     def exists(self, path: str) -> bool:
+        """Whether a file is there."""
         return Path(path).is_file()
 
 
@@ -65,7 +57,7 @@ class Blas:
 
 def find(probe: Probe | None = None) -> Blas:
     """Look for OpenBLAS. The one that numpy and scipy bundle has other symbol names."""
-    probe = probe or _Here()
+    probe = probe or Probe()
     if probe.system != "Linux":
         return Blas(None, None)
     mapped = re.findall(r"(/\S*openblas\S*)$", probe.text("/proc/self/maps"), re.MULTILINE)
@@ -82,7 +74,7 @@ def environment(environ: Mapping[str, str], probe: Probe | None = None) -> dict[
         environ.get(OFF)
         or found.available is None
         or "openblas" in preloaded
-        or _has_gpu(probe or _Here())
+        or _has_gpu(probe or Probe())
     ):
         return dict(environ)
     return {**environ, "LD_PRELOAD": ":".join(filter(None, (found.available, preloaded)))}

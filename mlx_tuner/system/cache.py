@@ -13,11 +13,11 @@ def user_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mlx-tune"
 
 
-def path_for(folder: Path, source: Path, identity: tuple[int, ...], suffix: str) -> Path:
-    """Where `folder` keeps what comes of `source` while that is the file of this `identity`."""
+def path_for(source: Path, identity: tuple[int, ...]) -> Path:
+    """Where the rows of `source` are kept while that is the file of this `identity`."""
     name = hashlib.blake2b(os.fsencode(source.absolute()), digest_size=8).hexdigest()
     version = hashlib.blake2b(repr(identity).encode(), digest_size=4).hexdigest()
-    return folder / f"{source.name[:64]}-{name}-{version}{suffix}"
+    return user_folder() / f"{source.name[:64]}-{name}-{version}.rows"
 
 
 def remove_others(kept: Path) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -66,10 +65,8 @@ _THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 _PRESSURE_LEVELS = {"1": "normal", "2": "warning", "4": "critical"}
 
 
-class Probe:
+class Probe(blas.Probe):
     """Reads the machine. A test replaces the methods to be another one."""
-
-    system: str = platform.system()
 
     def backend(self) -> Backend:
         """What MLX computes on by default."""
@@ -89,17 +86,6 @@ class Probe:
         except (OSError, subprocess.SubprocessError):
             return ""
         return done.stdout
-
-    def text(self, path: str) -> str:
-        """A small text file; empty where it cannot be read."""
-        try:
-            return Path(path).read_text(errors="replace")
-        except OSError:
-            return ""
-
-    def exists(self, path: str) -> bool:
-        """Whether a file is there."""
-        return Path(path).is_file()
 
     def which(self, program: str) -> str | None:
         """Where a program is, if it is on the path."""

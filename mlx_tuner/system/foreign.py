@@ -53,14 +53,14 @@ def _places(folder: Path) -> list[Path]:
     return [folder]
 
 
-def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
-    """A JSON object from a file of a folder (by default, the one that it lies in).
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the folder that it lies in.
 
     Raises:
         ModelError: it may not be opened (see `fault_of`), is not an object, is nested deeply, has
             numbers that are not finite or of over 40 digits, or is broken (with the line).
     """
-    if fault := fault_of(path, folder or path.parent):
+    if fault := fault_of(path, path.parent):
         raise ModelError(fault)
     try:
         value = json.loads(

@@ -72,36 +72,36 @@ def cached_model(name: str, revision: str | None = None) -> Path:
         return _cached(name, "model", revision)
 
 
-def download_dataset_file(name: str, revision: str | None = None) -> Path:
+def download_dataset_file(name: str) -> Path:
     """A file of rows of a Hub dataset, `OWNER/NAME/FILE`, or of `OWNER/NAME` its training split.
 
     Raises:
-        DataError: there is no such dataset, file or revision, it may not be had, arrives damaged,
-            or there are several files to choose from (they are listed).
+        DataError: there is no such dataset or file, it may not be had, arrives damaged, or there
+            are several files to choose from (they are listed).
     """
     owner, _, rest = name.partition("/")
     short, _, wanted = rest.partition("/")
     repository = f"{owner}/{short}"
-    with _named(repository, revision, DataError):
-        info = _listing(repository, "dataset", revision)
+    with _named(repository, None, DataError):
+        info = _listing(repository, "dataset", None)
         if info is None:
-            folder = _cached(repository, "dataset", revision)
+            folder = _cached(repository, "dataset", None)
             names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
             return folder / _row_file(repository, names, wanted)
         chosen = _row_file(repository, [f.rfilename for f in info.siblings], wanted)
         files = [f for f in info.siblings if f.rfilename == chosen]
-        return _fetched(repository, "dataset", revision, info, files) / chosen
+        return _fetched(repository, "dataset", None, info, files) / chosen
 
 
-def push(folder: Path, name: str, *, private: bool = True) -> str:
-    """Upload a folder as the Hub model `OWNER/NAME`, made if need be. Returns its address.
+def push(folder: Path, name: str) -> str:
+    """Upload a folder as the Hub model `OWNER/NAME`, made private if need be; returns its address.
 
     Raises:
         ModelError: the token of the environment may not, or the Hub cannot be reached.
     """
     with _named(name, None, ModelError):
         api = HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload with mlx-tune")
         return str(address)
 

@@ -11,6 +11,7 @@ from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.engine.trainer import Trainer
 from mlx_tuner.models import model as models
 from mlx_tuner.models.base import fingerprint
+from mlx_tuner.models.folder import check_folder
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.elsewhere import Elsewhere
 from mlx_tuner.runs.identity import Identity
@@ -69,7 +70,7 @@ def finetune(
             same.check(kept.state.get("identity"), recipe.name, allow_change=allow_change)
         agreement.require_one_run(ranks, same)
         state = agreement.from_first(ranks, kept.state if kept else None)
-        config = models.read_config(folder)
+        config = check_folder(folder)
         memory = needs.memory_of(recipe, needs.skeleton(recipe, config), config, data.train)
         if not force:
             memory.require(recipe.name)
