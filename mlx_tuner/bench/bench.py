@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tuner.bench import speed
-from mlx_tuner.bench.measure import Measures, Spread, interleave, ratio, spreads
+from mlx_tuner.bench.measure import (
+    SCHEMA_VERSION,
+    Measures,
+    Spread,
+    interleave,
+    ratio,
+    spreads,
+)
 from mlx_tuner.bench.model import twin
 from mlx_tuner.bench.peer import MlxLmTrainer
 from mlx_tuner.bench.work import (
@@ -32,7 +39,6 @@ from mlx_tuner.show.story import PEFT_BASELINE
 from mlx_tuner.system import cache, device, files
 from mlx_tuner.system.device import Machine
 
-SCHEMA_VERSION = 2
 RESULTS = Path("benchmarks") / "results"
 """Of a clone of the repository, from where the README's tables are made."""
 PROJECTED_ROWS, PROJECTED_EPOCHS = (100, 1_000, 20_000), 3

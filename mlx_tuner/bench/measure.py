@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+SCHEMA_VERSION = 2
+"""Of the files that `mlx-tune bench` writes."""
+
 Measures = Mapping[str, float]
 """Figures of one run by name, each with its unit in the name, such as `seconds`."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner.bench.bench import SCHEMA_VERSION, Result, results_folder
-from mlx_tuner.bench.measure import Spread
+from mlx_tuner.bench.bench import Result, results_folder
+from mlx_tuner.bench.measure import SCHEMA_VERSION, Spread
 from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.system import device, files
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tuner.bench import model as random
+from mlx_tuner.bench.measure import SCHEMA_VERSION
 from mlx_tuner.bench.speed import train_pass
 from mlx_tuner.bench.work import Settings, Work, adapted, choose, gemm_tflops, work_of
 from mlx_tuner.models.architecture import dtype_of
@@ -19,7 +20,6 @@ from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
 from mlx_tuner.training import assembly
 
-SCHEMA_VERSION = 2
 CELL_SECONDS, QUICK_CELL_SECONDS = 20.0, 5.0
 """A setting whose step is expected to take longer is left out."""
 

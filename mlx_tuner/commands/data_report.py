@@ -13,7 +13,7 @@ from rich.text import Text
 from mlx_tuner.commands.inspect_data import FileFacts, Inspection, Shown
 from mlx_tuner.data.survey import histogram
 from mlx_tuner.recipe.load import DEFAULT_MODEL
-from mlx_tuner.words import from_here, plural
+from mlx_tuner.words import from_here, plural, printable
 
 _BAR_WIDTH = 40
 _PREFIX_SHOWN = 160
@@ -61,7 +61,7 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
         )
     if prefix := train.shared_prefix_tokens:
         share = 100 * prefix * train.usable_rows / train.dataset.tokens
-        text = shorten(_printable(train.prefix_text), _PREFIX_SHOWN, placeholder=" …")
+        text = shorten(printable(train.prefix_text, keep="\n\t"), _PREFIX_SHOWN, placeholder=" …")
         yield "all begin", f"with the same {prefix:,} tokens, {share:.0f} % of all: {text}"
     if valid:
         yield "validation", f"{from_here(valid.file)}: {_rows(valid)}, {_tokens(valid)}"
@@ -116,16 +116,9 @@ def _row(row: Shown, colour: bool) -> RenderableType:
     )
     body = Text()
     for text, is_target in row.parts:
-        shown = _printable(text)
+        shown = printable(text, keep="\n\t")
         if is_target:
             body.append(shown if colour else f"⟦{shown}⟧", _TARGET)
         else:
             body.append(shown, "dim")
     return Group(Text(head, "bold"), body)
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )

@@ -28,7 +28,6 @@ from mlx_tuner.system import files
 if TYPE_CHECKING:
     from mlx_tuner.show.progress import Display
 
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 _TOLERANCE: dict[str | int, float] = {
     "exact": 1e-5,
@@ -122,7 +121,7 @@ class _Converted(Work):
         config = {k: v for k, v in source.config.items() if k not in DROPPED}
         self._dtype = dtype or config_dtype(config)
         if self._dtype is not None:
-            _cast(model, DTYPES[self._dtype])
+            _cast(model, getattr(mx, self._dtype))
             _set_config_dtype(config, self._dtype)
         self._dense = dict(tree_flatten(model.parameters()))
         lossless = all(

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_tuner.engine import sums
@@ -23,12 +22,7 @@ def load_in_float32(folder: Path) -> nn.Module:
 
 def in_float32(model: nn.Module) -> nn.Module:
     """The same model, dense and in float32; nothing is computed yet."""
-    model.update(
-        tree_map(
-            lambda v: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v,
-            model.parameters(),
-        )
-    )
+    model.set_dtype(mx.float32)
     return mlx_lm_utils.dequantize_model(model)
 
 

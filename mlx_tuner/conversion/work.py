@@ -15,16 +15,11 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from mlx_tuner.errors import Fault, ModelError, RunError, UsageError
-from mlx_tuner.models.folder import (
-    CODE_KEYS,
-    COMPANIONS,
-    CONFIG,
-    TOKENIZER_CONFIG,
-    read_optional,
-)
+from mlx_tuner.models.folder import CODE_KEYS, CONFIG, TOKENIZER_CONFIG, read_optional
 from mlx_tuner.models.model_files import ModelFiles
 from mlx_tuner.models.weights import write_weights
 from mlx_tuner.system import files
+from mlx_tuner.system.foreign import COMPANIONS
 
 if TYPE_CHECKING:
     from mlx_tuner.show.progress import Display

@@ -14,6 +14,7 @@ import msgspec
 
 from mlx_tuner.data.strict_json import MAX_DEPTH, decode, has_repeats, join, shown
 from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.system.foreign import is_deep
 
 Form = Literal["messages", "prompt", "instruction", "text"]
 
@@ -299,17 +300,8 @@ def _tools(value: Any, where: str, faults: list[Fault]) -> list[dict[str, Any]] 
 
 
 def _check_depth(value: Any, path: str, where: str, faults: list[Fault]) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for item in level
-            if isinstance(item, (dict, list))
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return
-    faults.append(Fault(where, path, f"nested more than {MAX_DEPTH} deep; flatten it"))
+    if is_deep(value, MAX_DEPTH):
+        faults.append(Fault(where, path, f"nested more than {MAX_DEPTH} deep; flatten it"))
 
 
 def _kind(value: Any) -> str:

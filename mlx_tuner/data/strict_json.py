@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.words import printable, shortened
 
 MAX_DEPTH = 100
 """Levels of nesting that are taken: far above any real row, below Python's stack."""
@@ -216,5 +217,4 @@ def syntax_in_words(error: json.JSONDecodeError) -> str:
 
 def shown(text: str) -> str:
     """A string of the user's, printable and short enough for one line."""
-    short = text if len(text) <= 40 else text[:39] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
+    return printable(shortened(text, 40))

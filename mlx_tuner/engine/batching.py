@@ -91,11 +91,6 @@ class MicroBatch:
     weights: np.ndarray
     """(M,) fp32: how many rows have this target here; 0 where it is padding."""
 
-    @property
-    def sizes(self) -> Sizes:
-        """What its time and memory depend on."""
-        return _sizes(len(self.tokens), self.groups, self.prefix, self.past, len(self.targets))
-
 
 @dataclass(frozen=True)
 class Step:
@@ -191,7 +186,7 @@ def partition(
     most_scores = (backend.keys_per_token or 0) * micro_batch_tokens
 
     def fits(part: Sequence[int], groups: Groups) -> bool:
-        sizes = _sizes(prefix + sum(part), groups, prefix, 0, 0)
+        sizes = _sizes(prefix + sum(part), groups, prefix, 0)
         return (
             sizes.tokens <= micro_batch_tokens
             and sizes.slots <= most_slots
@@ -224,18 +219,17 @@ def sizes_of(
     for groups in partition(own, prefix, micro_batch_tokens, backend):
         count = sum(rows for rows, _ in groups)
         tokens = backend.rounded_up(prefix + sum(own[first : first + count]))
-        found.append(_sizes(tokens, groups, prefix, 0, tokens))
+        found.append(_sizes(tokens, groups, prefix, tokens))
         first += count
     return found
 
 
-def _sizes(tokens: int, groups: Groups, prefix: int, past: int, targets: int) -> Sizes:
-    """Sizes of a micro-batch of so many flat tokens, which attends to ``past`` others as well."""
-    attended = prefix + past
+def _sizes(tokens: int, groups: Groups, prefix: int, targets: int) -> Sizes:
+    """Sizes of a micro-batch of so many flat tokens, those of its prefix among them."""
     return Sizes(
         tokens,
         prefix + sum(rows * longest for rows, longest in groups),
-        prefix**2 + sum(rows * longest * (attended + longest) for rows, longest in groups),
+        prefix**2 + sum(rows * longest * (prefix + longest) for rows, longest in groups),
         targets,
     )
 

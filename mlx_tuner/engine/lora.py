@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Literal
@@ -24,7 +24,7 @@ from mlx_tuner.errors import Fault, ModelError
 # Routers pick experts; adapting them changes which weights train, so "all-linear" leaves them out.
 ROUTERS = frozenset({"gate", "shared_expert_gate"})
 
-_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.(.+)$")
 
 
 class LoRALinear(nn.Module):
@@ -224,8 +224,8 @@ def find_targets(
             Fault("", "lora.num_layers", f"{num_layers} layers, but the model has {blocks}")
         )
     first = 0 if num_layers is None else blocks - num_layers
-    linears = [(path, int(m[1])) for path, m in _block_linears(model)]
-    names = {path: path.rsplit(".", 1)[-1] for path, _ in linears}
+    linears = _block_linears(model)
+    names = {path: path.rsplit(".", 1)[-1] for _, path in linears}
     if target_modules == "all-linear":
         wanted = set(names.values()) - ROUTERS
     else:
@@ -239,17 +239,27 @@ def find_targets(
                     f"there are {', '.join(sorted(set(names.values())))}",
                 )
             )
-    return [path for path, block in linears if block >= first and names[path] in wanted]
+    return [path for block, path in linears if block >= first and names[path] in wanted]
 
 
-def _block_linears(model: nn.Module) -> Iterable[tuple[str, re.Match[str]]]:
-    found = [
-        (path, match)
+def _block_linears(model: nn.Module) -> list[tuple[int, str]]:
+    """Block and path of every linear layer in one, in their order."""
+    return sorted(
+        (int(match[1]), path)
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
-        and (match := _BLOCK.search(path)) is not None
-    ]
-    return sorted(found, key=lambda item: (int(item[1][1]), item[0]))
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and (match := _BLOCK.search(path))
+    )
+
+
+def split_block(path: str) -> tuple[int, str]:
+    """The block and the path within it: ``model.layers.3.mlp.up_proj`` is 3 and ``mlp.up_proj``.
+
+    Raises:
+        ValueError: the module is in no block.
+    """
+    if (match := _BLOCK.search(path)) is None:
+        raise ValueError(path)
+    return int(match[1]), match[2]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:

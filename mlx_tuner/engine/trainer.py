@@ -168,15 +168,10 @@ class Trainer:
             if outside:
                 prefix_gradients = tree_map(mx.add, prefix_gradients, of_past)
             losses.append(loss)
-            self.start(loss, total, prefix_gradients)
+            # Started on while the next one's graph is built.
+            mx.async_eval(total, loss, prefix_gradients)
         self._set(parameters)
         return mx.stack(losses or [mx.zeros(())]).sum(), total
-
-    def start(
-        self, loss: mx.array, gradient: mx.array, prefix_gradients: list[PrefixState]
-    ) -> None:
-        """Start on a micro-batch while the next one's graph is built."""
-        mx.async_eval(gradient, loss, prefix_gradients)
 
     def _loss(
         self,

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_tuner.engine.dora import DoRALinear
-from mlx_tuner.engine.lora import LoRALinear, dimensions
+from mlx_tuner.engine.lora import LoRALinear, dimensions, split_block
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.adapter_config import ALL_LAYERS, CONFIG, MlxConfig, read_config
 from mlx_tuner.models.tensors import TensorInfo, read_header
@@ -66,19 +66,6 @@ class Adapter:
     def keys(self) -> list[str]:
         """The adapted modules by their paths within a block, such as ``self_attn.q_proj``."""
         return sorted({split_block(path)[1] for path in self.modules})
-
-
-def split_block(path: str) -> tuple[int, str]:
-    """The block and the path within it: ``model.layers.3.mlp.up_proj`` is 3 and ``mlp.up_proj``.
-
-    Raises:
-        ValueError: the module is in no block.
-    """
-    _, marker, rest = f".{path}".partition(".layers.")
-    number, dot, key = rest.partition(".")
-    if not (marker and dot and number.isdecimal() and len(number) < 10):
-        raise ValueError(path)
-    return int(number), key
 
 
 # ---- writing -----------------------------------------------------------------------------------

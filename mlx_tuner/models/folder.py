@@ -23,18 +23,6 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATES = "additional_chat_templates"
-COMPANIONS = (
-    GENERATION,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    "vocab.json",
-    "merges.txt",
-    SPECIAL_TOKENS,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What a model needs besides config and weights. Nothing else of a folder is copied."""
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal")
 """Config keys by which a folder asks other loaders to run code. They are ignored."""

@@ -28,19 +28,19 @@ from mlx_tuner.models.folder import (
     read_optional,
 )
 from mlx_tuner.models.tensors import TensorInfo, read_header
-from mlx_tuner.system.foreign import read_json
+from mlx_tuner.system.foreign import PICKLES, read_json
 from mlx_tuner.words import printable
 
 _SHARDS = "model*.safetensors"  # what mlx-lm reads
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _MAX_LISTED = 10
-_DTYPES = {
+DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
     "U32": mx.uint32,
     "U8": mx.uint8,
 }
+"""MLX's, by their names in safetensors files."""
 _PACKED = {"U32", "U8"}  # in the weights and scales of quantised layers only
 
 
@@ -82,7 +82,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     """The files that hold the weights: those that mlx-lm will read, and no other."""
     found = sorted(folder.glob(_SHARDS))
     if not found and not (folder / INDEX).exists():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         what = f"no {_SHARDS} here"
         if pickles:
             what = (
@@ -153,12 +153,12 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Tens
     faults = [
         Fault(str(folder), name, f"{tensor.dtype} is a dtype that is not taken here; {NOT_OURS}")
         for name, tensor in tensors.items()
-        if tensor.dtype not in _DTYPES or (tensor.dtype in _PACKED and not quantised)
+        if tensor.dtype not in DTYPES or (tensor.dtype in _PACKED and not quantised)
     ]
     if faults:
         raise ModelError(*_shortened(faults, folder))
     # Never computed, so they take no memory.
-    weights = {n: mx.zeros(t.shape, _DTYPES[t.dtype]) for n, t in tensors.items()}
+    weights = {n: mx.zeros(t.shape, DTYPES[t.dtype]) for n, t in tensors.items()}
     model = skeleton({**config, "quantization": None}, str(folder / CONFIG))
     try:
         if hasattr(model, "sanitize"):

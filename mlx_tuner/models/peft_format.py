@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_tuner.engine.lora import split_block
 from mlx_tuner.errors import Fault, ModelError
 from mlx_tuner.models.adapter import (
     Adapter,
     load_tensors,
-    split_block,
     unusable,
     unusable_magnitude,
     write_tensors,

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_tuner.models.folder import INDEX
+from mlx_tuner.models.model_files import DTYPES
 from mlx_tuner.models.tensors import ITEM_BYTES
 from mlx_tuner.system import files
 
@@ -23,13 +24,7 @@ MAX_SHARD_BYTES = 2 << 30
 _IN_FLIGHT_BYTES = 256 << 20
 """Computed and not yet written, so that computing and writing overlap."""
 
-_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_weights(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 
 _MESSAGES = (
@@ -35,7 +34,7 @@ _MESSAGES = (
 _OF_OTHERS = re.compile(r"\[(ring|jaccl|nccl)\]|connection to a peer", re.IGNORECASE)
 """What MLX writes where another rank is gone."""
 
-_SIGNALS = {
+_SIGNALS: dict[int, str] = {
     signal.SIGKILL: "the system killed it, most likely for memory",
     signal.SIGSEGV: "it read memory that is not its own (segmentation fault)",
     signal.SIGBUS: "it read memory that is not there (bus error)",
@@ -73,15 +72,5 @@ def of_signal(number: int, text: str) -> Cause:
     """What a signal that ended a process means, with what it wrote to standard error."""
     if found := of_message(text):
         return found
-    name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-    sentence = _SIGNALS.get(signal.Signals(number)) if number in set(signal.Signals) else None
-    return Cause(sentence or f"signal {name} ended it")
-
-
-def of_silence(seconds: float, placed: Callable[[str], str] = str) -> Cause:
-    """What no sign of life for so long means.
-
-    Args:
-        placed: says on which machine, where there are several.
-    """
-    return Cause(placed(f"it hung: nothing happened for {seconds:.0f} s"))
+    names = {each.value: each.name for each in signal.Signals}
+    return Cause(_SIGNALS.get(number) or f"signal {names.get(number, number)} ended it")

@@ -203,6 +203,37 @@ class Run:
         files.write_bytes(path, content[:size])
 
 
+class Elsewhere(Run):
+    """What a rank other than the first has for a `Run`, which another machine holds.
+
+    Args:
+        path: the folder as the other machine calls it, for messages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = None
+        self.rejected = []
+
+    def begin(self, *_: Any, **__: Any) -> None: ...
+
+    def go_on(self, *_: Any) -> None: ...
+
+    def require_space(self, *_: Any) -> None: ...
+
+    def append(self, *_: Any) -> None: ...
+
+    def append_sample(self, *_: Any) -> None: ...
+
+    def save_checkpoint(self, *_: Any, **__: Any) -> None: ...
+
+    def publish(self, *_: Any, **__: Any) -> None: ...
+
+    def publish_kept(self, *_: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_records(run: Path) -> list[Record]:
     """The lines of a run's `metrics.jsonl`, a torn last one left out. None there: no records.
 

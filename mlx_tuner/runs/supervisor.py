@@ -76,7 +76,7 @@ def supervise(
                 return state.stopped(child)
             if cause is None:
                 return child.code
-            state.note_crash(cause, child)
+            state.log(f"process {child.pid}: {cause.sentence}", child.text)
             if not restart or not state.may_restart(cause, child):
                 say(f"error: {path}: training died: {cause.sentence}; {state.advice()}")
                 return 1
@@ -102,12 +102,8 @@ class _State:
     micro_batch_tokens: int | None = None
     """What the next child is told; None: what the recipe says."""
 
-    def note_crash(self, cause: Cause, child: _Child) -> None:
-        """Keep what the child left on standard error, with a line of our own."""
-        self.log(f"process {child.pid}: {cause.sentence}", child.text)
-
     def log(self, sentence: str, text: str) -> None:
-        """Add to the run's `crash.log`."""
+        """Add to the run's `crash.log`: a line of our own, then what the child wrote."""
         when = time.strftime("%Y-%m-%d %H:%M:%S")
         lines = f"{when} {sentence}" + (f"\n{text}" if text else "")
         with suppress(Exception):  # a full disk is no reason to lose the sentence too
@@ -264,7 +260,7 @@ class _Child:
             if peers.ending is not None and self._status is None:
                 os.kill(self.pid, signal.SIGKILL)  # checkpoints are whole at any time
             elif hung is None and self._is_hanging():
-                hung = causes.of_silence(self._silence, peers.late)
+                hung = Cause(peers.late(f"it hung: nothing happened for {self._silence:.0f} s"))
                 os.kill(self.pid, signal.SIGABRT)  # faulthandler tells where it is
                 time.sleep(1)
                 with suppress(ProcessLookupError):

@@ -14,6 +14,16 @@ from mlx_tuner.errors import Fault, ModelError
 MAX_JSON_BYTES = 64 << 20
 """A tokenizer of 250,000 tokens takes 20 MB."""
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Suffixes of files that can run code when they are read."""
+
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""What a model needs besides config and weights. Nothing else is fetched or copied."""
+
 _MAX_DEPTH = 64
 _MAX_DIGITS = 40
 """Of a number; transformers writes 10^30 for "no maximal length"."""
@@ -75,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(Fault(str(path), "", f"not valid JSON: {error}")) from None
     if not isinstance(value, dict):
         raise ModelError(Fault(str(path), "", "must hold a JSON object"))
-    if _is_deep(value):
+    if is_deep(value, _MAX_DEPTH):
         raise ModelError(Fault(str(path), "", f"nested more than {_MAX_DEPTH} deep"))
     return value
 
@@ -92,9 +102,10 @@ def _number(digits: str) -> float:
     return value
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
+def is_deep(value: Any, most: int) -> bool:
+    """Whether a JSON value is nested more than ``most`` deep."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(most):
         inner = [item.values() if isinstance(item, dict) else item for item in level]
         level = [child for items in inner for child in items if isinstance(child, (dict, list))]
     return bool(level)

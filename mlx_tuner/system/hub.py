@@ -26,18 +26,12 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from mlx_tuner.errors import DataError, Fault, ModelError, TunerError, first_line
+from mlx_tuner.system.foreign import COMPANIONS, PICKLES
 
-_MODEL_FILES = (
-    *("config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("generation_config.json", "special_tokens_map.json", "chat_template.json"),
-    "chat_template.jinja",
-)
-"""What is read of a model's folder (`models.folder.COMPANIONS`); nothing else is fetched."""
+_MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS)
 _ROW_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _TRAINING = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|valid|validation|val|dev|eval)([/_.-]|$)")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _NOT_ROWS = {"dataset_infos.json", "dataset_info.json"}
 _MAX_LISTED = 10
 
@@ -54,7 +48,7 @@ def download_model(name: str, revision: str | None = None) -> Path:
             return _cached(name, "model", revision)
         files = [f for f in info.siblings if _is_model_file(f.rfilename)]
         if not any(f.rfilename.endswith(".safetensors") for f in files):
-            pickles = [f.rfilename for f in info.siblings if f.rfilename.endswith(_PICKLES)]
+            pickles = [f.rfilename for f in info.siblings if f.rfilename.endswith(PICKLES)]
             what = "has no model*.safetensors"
             if pickles:
                 what = f"has only {pickles[0]}, which can run code when it is read"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 from mlx_tuner.engine.optimizer import State
@@ -13,11 +12,10 @@ from mlx_tuner.models import model as models
 from mlx_tuner.models.base import fingerprint
 from mlx_tuner.models.folder import check_folder
 from mlx_tuner.recipe.tables import Recipe
-from mlx_tuner.runs.elsewhere import Elsewhere
 from mlx_tuner.runs.identity import Identity
 from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.runs.pulse import Pulse
-from mlx_tuner.runs.run import Run
+from mlx_tuner.runs.run import Elsewhere, Run
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
 from mlx_tuner.training import agreement, assembly, needs, snapshot
@@ -54,7 +52,7 @@ def finetune(
         EverywhereError: the ranks have not the same recipe, rows, model or versions.
         RunStopped: a signal came; the run is saved and can be resumed.
     """
-    display = display or Display(io.StringIO())
+    display = display or Display(quiet=True)
     ranks, path = ranks or Ranks(), Path(run_path)
     if ranks.leads:
         run = Run(path, resume=resume, overwrite=overwrite, held=pulse.lock)
