@@ -150,6 +150,12 @@ def train_records(records: Sequence[Record]) -> list[TrainRecord]:
     return [record for record in records if isinstance(record, TrainRecord)]
 
 
+def curve(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
+    """Step and value of each record that has this figure, where it is finite."""
+    points = [(record.step, getattr(record, name)) for record in records if hasattr(record, name)]
+    return [point for point in points if math.isfinite(point[1])]
+
+
 def by_step(records: Sequence[Record], name: Literal["losses", "grad_norms"]) -> list[float]:
     """The loss or gradient norm of every step, in the order of steps."""
     return list(chain.from_iterable(getattr(r, name) for r in train_records(records)))

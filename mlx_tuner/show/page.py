@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_tuner.runs.metrics import (
-    EvalRecord,
     Record,
     Sample,
     Summary,
     by_step,
+    curve,
     mean,
     train_records,
 )
@@ -227,23 +227,14 @@ def _commands(rows: Iterable[tuple[str, str]]) -> str:
 
 def _curves(records: Sequence[Record], summary: Summary) -> list[dict[str, Any]]:
     marks = story.epoch_marks(records)
-    train = train_records(records)
 
     def logged(name: str, label: str, colour: int) -> dict[str, Any]:
-        return _series(label, "line", colour, [(r.step, getattr(r, name)) for r in train])
+        return _series(label, "line", colour, curve(records, name))
 
     best = None
     if summary.best_step is not None and summary.best_val_loss is not None:
         best = (summary.best_step, summary.best_val_loss)
-    loss = [
-        *_over_steps(records, "losses", "training", 0),
-        _series(
-            "validation",
-            "line",
-            1,
-            [(r.step, r.val_loss) for r in records if isinstance(r, EvalRecord)],
-        ),
-    ]
+    loss = [*_over_steps(records, "losses", "training", 0), logged("val_loss", "validation", 1)]
     memory = [logged("memory_gb", "active + cache", 4), logged("peak_memory_gb", "peak", 5)]
     return [
         _chart("Loss: mean over the target tokens", loss, marks, star=best),
@@ -264,17 +255,14 @@ def _overlaid(records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
         ]
 
     def logged(name: str) -> Callable[[Sequence[Record]], list[Point]]:
-        return lambda own: [(r.step, getattr(r, name)) for r in train_records(own)]
-
-    def evaluated(own: Sequence[Record]) -> list[Point]:
-        return [(r.step, r.val_loss) for r in own if isinstance(r, EvalRecord)]
+        return lambda own: curve(own, name)
 
     def norms(own: Sequence[Record]) -> list[Point]:
         return [(r.step, mean(r.grad_norms)) for r in train_records(own)]
 
     charts = [
         _chart("Training loss", lines(logged("loss"))),
-        _chart("Validation loss", lines(evaluated)),
+        _chart("Validation loss", lines(logged("val_loss"))),
         _chart("Gradient norm", lines(norms), zero=True),
         _chart("Learning rate", lines(logged("learning_rate")), zero=True),
         _chart("Tokens a second", lines(logged("tokens_per_second")), zero=True),

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mlx_tuner.runs.metrics import EvalRecord, Record, by_step, mean, train_records
+from mlx_tuner.runs.metrics import Record, by_step, curve, mean, train_records
 from mlx_tuner.show import story
 from mlx_tuner.system import files
 from mlx_tuner.words import scientific
@@ -71,7 +71,7 @@ def loss_curve(path: Path, records: Sequence[Record], best_step: int | None) -> 
     """Training and validation loss by step, the best evaluation marked."""
     with _figure(path) as figure:
         axes = _axes(figure, "Loss", "mean loss per target token")
-        valid = _validation(records)
+        valid = _curve(curve(records, "val_loss"))
         _line_over_steps(axes, records, "losses", _BLUE, "training")
         if valid[0]:
             axes.plot(*valid, color=_ORANGE, marker="o", markersize=6, label="validation")
@@ -101,7 +101,7 @@ def grad_norm_curve(path: Path, records: Sequence[Record]) -> None:
         rates = axes.twinx()
         rates.spines["right"].set_visible(True)
         rates.grid(visible=False)
-        steps, values = _train(records, "learning_rate")
+        steps, values = _curve(curve(records, "learning_rate"))
         rates.plot(
             steps,
             values,
@@ -120,30 +120,28 @@ def grad_norm_curve(path: Path, records: Sequence[Record]) -> None:
 
 def comparison(path: Path, runs: Mapping[str, Sequence[Record]]) -> None:
     """Training loss and, where a run has it, validation loss of runs by name, side by side."""
-    validated = any(_validation(records)[0] for records in runs.values())
+    validated = any(curve(records, "val_loss") for records in runs.values())
     with _figure(path, wide=validated) as figure:
-        kinds = {
-            "training": "Training loss",
-            **({"validation": "Validation loss"} if validated else {}),
-        }
+        kinds = {"loss": "Training loss"} | ({"val_loss": "Validation loss"} if validated else {})
         all_axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
         for axes, (kind, title) in zip(all_axes, kinds.items(), strict=True):
             _dress(axes, title, "mean loss per target token" if axes is all_axes[0] else "")
             for index, (name, records) in enumerate(runs.items()):
-                curve = _train(records, "loss") if kind == "training" else _validation(records)
+                steps, losses = _curve(curve(records, kind))
                 colour = _RUN_COLOURS[index % len(_RUN_COLOURS)]
                 marker = _RUN_MARKERS[index % len(_RUN_MARKERS)]
                 # Beyond the palette the line's style tells runs apart.
                 dashes = ("-", "--", ":")[index // len(_RUN_COLOURS) % 3]
-                if not curve[0]:
+                if not steps:
                     continue
                 axes.plot(
-                    *curve,
+                    steps,
+                    losses,
                     color=colour,
                     linestyle=dashes,
                     marker=marker,
                     markersize=5,
-                    markevery=max(1, len(curve[0]) // 12),
+                    markevery=max(1, len(steps) // 12),
                     label=name,
                 )
         handles = {
@@ -280,14 +278,6 @@ def _legend(*all_axes: Axes) -> None:
     if entries:
         handles, labels = zip(*entries, strict=True)
         all_axes[-1].legend(handles, labels, loc="best")
-
-
-def _train(records: Sequence[Record], name: str) -> Curve:
-    return _curve([(r.step, getattr(r, name)) for r in train_records(records)])
-
-
-def _validation(records: Sequence[Record]) -> Curve:
-    return _curve([(r.step, r.val_loss) for r in records if isinstance(r, EvalRecord)])
 
 
 def _curve(pairs: Sequence[tuple[float, float]]) -> Curve:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mlx_tuner.runs.metrics import STOPPED, EvalRecord, Record, Summary, train_records
+from mlx_tuner.runs.metrics import STOPPED, Record, Summary, curve
 from mlx_tuner.runs.verdict import Kind, judge
 from mlx_tuner.show import story
-from mlx_tuner.show.chart import Chart, Point, Series
+from mlx_tuner.show.chart import Chart, Series
 
 _TRAIN, _VALID, _BEST = "cyan", "yellow", "bold green"
 _VERDICT_STYLES: dict[Kind, str] = {
@@ -70,12 +69,7 @@ def _trajectory(records: Sequence[Record], best_step: int | None) -> RenderableT
 
 def _chart(records: Sequence[Record], summary: Summary) -> RenderableType | None:
     """Loss by step, with the best evaluation marked; without any, the lowest training loss."""
-    train: list[Point] = [(r.step, r.loss) for r in train_records(records) if math.isfinite(r.loss)]
-    valid: list[Point] = [
-        (r.step, r.val_loss)
-        for r in records
-        if isinstance(r, EvalRecord) and math.isfinite(r.val_loss)
-    ]
+    train, valid = curve(records, "loss"), curve(records, "val_loss")
     if len({step for step, _ in train + valid}) < 2:
         return None
     legend = Text.assemble(("loss", "bold"), ("  ─ train", _TRAIN))
