@@ -83,7 +83,7 @@ def test_padding_is_what_the_longest_row_of_each_step_would_cost(recipe):
     assert told == pytest.approx(padded / (first + second + third + fourth + last) - 1)
 
 
-def test_time_is_that_of_the_last_run_here_else_of_the_bench_else_a_guess(
+def test_time_is_that_of_the_longest_run_here_else_of_the_bench_else_a_guess(
     recipe, tmp_path, monkeypatch
 ):
     from run_records import summary_of, train_record
@@ -108,6 +108,10 @@ def test_time_is_that_of_the_last_run_here_else_of_the_bench_else_a_guess(
     seconds, by = needs.seconds_of(recipe, tokens=1000, total_parameters=10**6)
     # 974 tokens took 1.3125 s.
     assert (seconds, by) == (pytest.approx(1000 * 1.3125 / 974), "by the run in adapters/earlier")
+    short = {**summary.to_json(), "tokens": 10, "training_seconds": 10.0}
+    (tmp_path / "adapters" / "short").mkdir()
+    (tmp_path / "adapters" / "short" / "summary.json").write_text(json.dumps(short))
+    assert needs.seconds_of(recipe, tokens=1000, total_parameters=10**6) == (seconds, by)
     shared = {**summary.to_json(), "machine": story.machine(machine, ranks=2)}
     (run / "summary.json").write_text(json.dumps(shared))
     seconds, by = needs.seconds_of(recipe, tokens=1000, total_parameters=10**6)

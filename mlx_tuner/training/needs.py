@@ -24,6 +24,7 @@ from mlx_tuner.models import architecture
 from mlx_tuner.recipe import schedule
 from mlx_tuner.recipe.tables import Recipe
 from mlx_tuner.runs.checkpoints import MOST_AT_ONCE
+from mlx_tuner.runs.metrics import Summary
 from mlx_tuner.runs.place import SUMMARY
 from mlx_tuner.runs.run import read_summary
 from mlx_tuner.show import story
@@ -193,14 +194,10 @@ def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[f
     """
     machine = device.facts()
     chip = story.machine(machine)["chip"]
-    runs = sorted(Path("adapters").glob(f"*/{SUMMARY}"), key=_age)
-    for path in runs:
-        summary = None
-        with suppress(TunerError):  # of a file that another program or version wrote
-            summary = read_summary(path.parent)
-        if summary and summary.model == recipe.model.path and summary.machine.get("chip") == chip:
-            ranks = int(summary.machine.get("ranks", 1))
-            return tokens * ranks / summary.tokens_per_second, f"by the run in {path.parent}"
+    if longest := _longest_run(recipe.model.path, chip):
+        run, summary = longest
+        ranks = int(summary.machine.get("ranks", 1))
+        return tokens * ranks / summary.tokens_per_second, f"by the run in {run}"
     flops = _FLOPS_A_PARAMETER * total_parameters * tokens
     folders = (Path("benchmarks/results"), cache.user_folder() / "bench")
     for path in sorted((path for f in folders for path in f.glob("bench*.json")), key=_age):
@@ -210,6 +207,18 @@ def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[f
         share = f"{100 * _EFFICIENCY:.0f} % of the chip's peak"
         return flops / (_EFFICIENCY * machine.peak_tflops * 1e12), f"a guess: at {share}"
     return None, "unknown; `mlx-tune bench` measures this machine"
+
+
+def _longest_run(model: str, chip: object) -> tuple[Path, Summary] | None:
+    """Of the runs beside this one, of the same model and chip: a short one says little of time."""
+    found = []
+    for path in Path("adapters").glob(f"*/{SUMMARY}"):
+        with suppress(TunerError):  # of a file that another program or version wrote
+            summary = read_summary(path.parent)
+            if summary and (summary.model, summary.machine.get("chip")) == (model, chip):
+                found.append((path.parent, summary))
+    longest = max(found, key=lambda each: each[1].tokens, default=None)
+    return longest if longest and longest[1].tokens else None
 
 
 def _bench_tflops(path: Path, chip: str) -> float | None:
