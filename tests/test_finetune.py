@@ -272,6 +272,7 @@ def stopping_in(monkeypatch, step):
     monkeypatch.setattr(session, "train", steps)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_evaluation_has_its_last_adapter(
     root, tmp_path, monkeypatch
 ):
@@ -281,6 +282,7 @@ def test_a_run_stopped_before_its_first_evaluation_has_its_last_adapter(
     assert_same_adapter(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001")
 
 
+@pytest.mark.slow
 def test_the_adapter_that_a_full_disk_kept_from_being_published_is_so_on_resuming(
     root, tmp_path, monkeypatch
 ):
@@ -294,6 +296,7 @@ def test_the_adapter_that_a_full_disk_kept_from_being_published_is_so_on_resumin
     assert_same_adapter(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000002")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_best_adapter_that_its_checkpoint_knows(
     root, tmp_path, monkeypatch
 ):
@@ -396,6 +399,7 @@ def test_a_run_that_is_finished_says_so_and_trains_nothing(finished, root, capsy
     assert contents(path) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_epochs_where_that_is_allowed(finished, root, tmp_path):
     path, _ = finished
     shutil.copytree(path, tmp_path / "more")

@@ -66,6 +66,7 @@ def test_a_program_cannot_write_read_connect_or_start_another(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"secret.txt"}
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_end_or_takes_all_memory_is_ended(monkeypatch):
     monkeypatch.setattr(tasks, "SECONDS", 1)
     start = time.monotonic()
