@@ -323,7 +323,7 @@ def reach(
     """Wait for a step, and then for something to be written or for part of a step."""
     await_step(trainer, process, moment)
     if draw.random() < AIMED:
-        while not trainer.is_writing() and told(trainer)[-1] < moment + SAVE_EVERY:
+        while not trainer.is_writing() and max(told(trainer), default=0) < moment + SAVE_EVERY:
             if process.poll() is not None:
                 return
     else:
