@@ -402,7 +402,12 @@ def stop_training(
             process = trainer.start()
             time.sleep(draw.uniform(0, 5))
             # Before it handles signals it dies of them, or of an interrupt.
-            stops.append(stop(sign, -sign, 1) and trainer.saved() >= saved)
+            ended = stop(sign, -sign, 1)
+            if trainer.saved() == steps:  # it had come to its end by then
+                survived += stops
+                process = trainer.start()
+                break
+            stops.append(ended and trainer.saved() >= saved)
             saved = trainer.saved()
         begin = time.perf_counter()
         process = trainer.start()
