@@ -24,7 +24,7 @@ from mlx_tuner.engine.backend import CPU, Backend
 
 MIN_SHARED_PREFIX = 9
 """Tokens; a shorter prefix is not worth a second set of keys. (Metal's attention kernels for up to
-8 queries leave out what a gradient needs.)"""
+8 queries leave out what a gradient needs, which some versions of MLX do not look at.)"""
 
 SLOTS_PER_TOKEN = 1.5
 """Slots that a micro-batch may have for each of the tokens that it may have."""
