@@ -51,12 +51,13 @@ def main() -> None:
 
 def answering(args: Any) -> dict[str, float]:
     """The same answers, so many at once."""
+    from mlx_tuner.commands.evaluate import task_prompts
     from mlx_tuner.commands.tasks import read_tasks
     from mlx_tuner.models.answers import answer_all
     from mlx_tuner.models.model import load
 
     loaded = load(Path(args.model))
-    prompts = asked(loaded, read_tasks(args.tasks, PROMPTS))
+    prompts = task_prompts(loaded.tokenizer, read_tasks(args.tasks, PROMPTS), loaded.path)
     answer_all(loaded.model, loaded.tokenizer, prompts[:1], 2)
     start, tokens = time.perf_counter(), 0
     for first in range(0, PROMPTS, args.one):
@@ -69,6 +70,7 @@ def answering(args: Any) -> dict[str, float]:
 
 def programs(args: Any) -> dict[str, list[dict[str, float]]]:
     """What the base, and each run's model, write, as `mlx-tune eval --tasks` has it tried."""
+    from mlx_tuner.commands.evaluate import task_prompts
     from mlx_tuner.commands.tasks import ENDS, read_tasks, run_all
     from mlx_tuner.models.adapter import apply
     from mlx_tuner.models.adapter_folder import read_adapter
@@ -86,7 +88,7 @@ def programs(args: Any) -> dict[str, list[dict[str, float]]]:
         if run:
             apply(loaded.model, read_adapter(run))
         start = time.perf_counter()
-        prompts = asked(loaded, tasks)
+        prompts = task_prompts(loaded.tokenizer, tasks, loaded.path)
         said = answer_all(loaded.model, loaded.tokenizer, prompts, args.max_tokens, ends=ENDS)
         seconds = time.perf_counter() - start
         written = [task.program(each.text) for task, each in zip(tasks, said, strict=True)]
@@ -108,17 +110,6 @@ def programs(args: Any) -> dict[str, list[dict[str, float]]]:
         ]
         print(name, sides[name][0], flush=True)
     return sides
-
-
-def asked(loaded: Any, tasks: Any) -> list[list[int]]:
-    """The prompts of tasks, each with the beginning of its answer."""
-    from mlx_tuner.commands.tasks import BEGINNING
-    from mlx_tuner.models.answers import prompt_tokens
-
-    tokenizer = loaded.tokenizer
-    begun = tokenizer.encode(BEGINNING, add_special_tokens=False)
-    spoken = [[{"role": "user", "content": task.question}] for task in tasks]
-    return [prompt_tokens(tokenizer, each, loaded.path) + begun for each in spoken]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from mlx_tuner.errors import (
     ModelError,
     RecipeError,
     RunError,
-    RunStopped,
     UsageError,
 )
 from mlx_tuner.models.answers import prompt_tokens
@@ -259,26 +258,9 @@ def test_a_second_signal_ends_a_run_at_once(root, tmp_path):
     assert not any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def stopping_in(monkeypatch, step):
-    """A SIGTERM comes to this process in the given step of its run."""
-
-    def steps(*args, **kwargs):
-        for i, result in enumerate(train(*args, **kwargs), 1):
-            if i == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield result
-
-    train = session.train
-    monkeypatch.setattr(session, "train", steps)
-
-
 @pytest.mark.slow
-def test_a_run_stopped_before_its_first_evaluation_has_its_last_adapter(
-    root, tmp_path, monkeypatch
-):
-    stopping_in(monkeypatch, 1)
-    with pytest.raises(RunStopped):
-        run_recipe(recipe_of(root), tmp_path / "run")
+def test_a_run_stopped_before_its_first_evaluation_has_its_last_adapter(root, tmp_path):
+    stop_after(root, tmp_path / "run", steps=1)
     assert_same_adapter(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001")
 
 
@@ -301,9 +283,7 @@ def test_a_run_that_goes_on_has_the_best_adapter_that_its_checkpoint_knows(
     root, tmp_path, monkeypatch
 ):
     """One of later steps may lie there, of a course that is not taken again."""
-    stopping_in(monkeypatch, 4)
-    with pytest.raises(RunStopped):
-        run_recipe(recipe_of(root), tmp_path / "run")
+    stop_after(root, tmp_path / "run", steps=4)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert_same_adapter(tmp_path / "run", checkpoints / "step-00000003")
     shutil.copy(checkpoints / "step-00000004" / "adapters.safetensors", tmp_path / "run")

@@ -156,9 +156,7 @@ def evaluate(
         display.note(f"{plural(overlap, 'row')} trained on as well, which flatters the fine-tune")
     count = len(rows) if rows else 0
     asked = questions(tokenizer, rows.examples(range(min(samples, count)))) if rows else []
-    spoken = [[{"role": "user", "content": task.question}] for task in to_do]
-    begun = tokenizer.encode(tasks.BEGINNING, add_special_tokens=False)
-    exercises = [prompt_tokens(tokenizer, each, folder) + begun for each in spoken]
+    exercises = task_prompts(tokenizer, to_do, folder)
     exam = _Exam(rows, asked, to_do, exercises, tokenizer, max_tokens, display)
     trainer = _load(folder, trained, recipe, rows, display)
     with device.limits():
@@ -391,3 +389,10 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
                 found.append(Question([*tokens[: i + 1], *header], answer))
                 break
     return found
+
+
+def task_prompts(tokenizer: Any, to_do: Sequence[tasks.Task], folder: Path) -> list[list[int]]:
+    """The prompt of each task, with the beginning of its answer, as token ids."""
+    spoken = [[{"role": "user", "content": task.question}] for task in to_do]
+    begun = tokenizer.encode(tasks.BEGINNING, add_special_tokens=False)
+    return [prompt_tokens(tokenizer, each, folder) + begun for each in spoken]

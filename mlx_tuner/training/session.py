@@ -158,10 +158,9 @@ class Session:
 
     def publish_kept(self) -> None:
         """Publish the best adapter that the checkpoint knows of, as its process may not have."""
-        best = self.progress.best_step
-        if best is None or best == self.progress.step:
+        if self._is_to_publish:
             self._publish()
-        else:
+        elif (best := self.progress.best_step) is not None:
             self.run.publish_kept(best)
 
     def _announce(self) -> None:
@@ -357,8 +356,13 @@ class Session:
                 size=snapshot.checkpoint_bytes(self.trainer),
             )
             self.pulse.saved(self.progress.step)
-            if self.progress.best_step in (None, self.progress.step):
+            if self._is_to_publish:
                 self._publish()
+
+    @property
+    def _is_to_publish(self) -> bool:
+        """Whether the adapter as it is now is the best so far, or none was evaluated."""
+        return self.progress.best_step in (None, self.progress.step)
 
     def _publish(self) -> None:
         self.run.publish(self._write_adapter, size=snapshot.adapter_bytes(self.trainer))
