@@ -3,11 +3,13 @@
     python benchmarks/answers.py --model FOLDER --tasks HumanEval.jsonl.gz     # 16 prompts
     python benchmarks/answers.py --tasks HumanEval.jsonl.gz --runs adapters/*   # pass@1 of runs
 
-The second runs what the base and its fine-tunes write, one model after the other.
+The second runs what the base and its fine-tunes write, one model after the other. With --answers a
+model that has answered is not asked again.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model")
     parser.add_argument("--tasks", type=Path, required=True, help="a file in HumanEval's format")
     parser.add_argument("--runs", nargs="*", type=Path, help="run folders, all of one base")
+    parser.add_argument("--answers", type=Path, help="folder that keeps what each run answers")
     parser.add_argument("--limit", type=int, help="the first tasks only")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--one", type=int, help="answer so many at once, here")
@@ -70,46 +73,62 @@ def answering(args: Any) -> dict[str, float]:
 
 def programs(args: Any) -> dict[str, list[dict[str, float]]]:
     """What the base, and each run's model, write, as `mlx-tune eval --tasks` has it tried."""
+    from mlx_tuner.commands.tasks import read_tasks
+
+    tasks = read_tasks(args.tasks, args.limit)
+    sides: dict[str, list[dict[str, float]]] = {}
+    before: list[bool] = []
+    for run in (None, *args.runs):
+        name = run.name if run else "base"
+        kept = args.answers / f"{name}.json" if args.answers else None
+        if kept and kept.exists():
+            written = json.loads(kept.read_text())
+        else:
+            written = answers_to(tasks, run, args)
+            if kept:
+                kept.parent.mkdir(exist_ok=True)
+                kept.write_text(json.dumps(written))
+        passed = [outcome == "passed" for outcome in written["outcomes"]]
+        before = before or passed
+        both = list(zip(before, passed, strict=True))
+        sides[name] = [
+            {
+                "tasks": len(tasks),
+                "passed": sum(passed),
+                "pass_at_1": sum(passed) / len(tasks),
+                "passed_before_only": both.count((True, False)),
+                "passed_now_only": both.count((False, True)),
+                "stopped": sum(written["stopped"]),
+                "tokens_an_answer": sum(written["tokens"]) / len(tasks),
+            }
+        ]
+        print(name, sides[name][0], flush=True)
+    return sides
+
+
+def answers_to(tasks: Any, run: Path | None, args: Any) -> dict[str, list[Any]]:
+    """The answers of a run's model, or of the base, and how their programs end."""
     from mlx_tuner.commands.evaluate import task_prompts
-    from mlx_tuner.commands.tasks import ENDS, read_tasks, run_all
+    from mlx_tuner.commands.tasks import ENDS, run_all
     from mlx_tuner.models.adapter import apply
     from mlx_tuner.models.adapter_folder import read_adapter
     from mlx_tuner.models.answers import answer_all
     from mlx_tuner.models.base import resolve_base
     from mlx_tuner.models.model import load
 
-    tasks = read_tasks(args.tasks, args.limit)
-    folder = resolve_base(read_adapter(args.runs[0]), args.model)
-    passed: dict[str, list[bool]] = {}
-    sides: dict[str, list[dict[str, float]]] = {}
-    for run in (None, *args.runs):
-        name = run.name if run else "base"
-        loaded = load(folder)
-        if run:
-            apply(loaded.model, read_adapter(run))
-        start = time.perf_counter()
-        prompts = task_prompts(loaded.tokenizer, tasks, loaded.path)
-        said = answer_all(loaded.model, loaded.tokenizer, prompts, args.max_tokens, ends=ENDS)
-        seconds = time.perf_counter() - start
-        written = [task.program(each.text) for task, each in zip(tasks, said, strict=True)]
-        passed[name] = [outcome == "passed" for outcome in run_all(written, lambda _: None)]
-        both = list(zip(passed["base"], passed[name], strict=True))
-        tokens = sum(each.tokens for each in said)
-        sides[name] = [
-            {
-                "tasks": len(tasks),
-                "passed": sum(passed[name]),
-                "pass_at_1": sum(passed[name]) / len(tasks),
-                "passed_before_only": both.count((True, False)),
-                "passed_now_only": both.count((False, True)),
-                "stopped": sum(each.stopped for each in said),
-                "tokens_an_answer": tokens / len(said),
-                "tokens_per_second": tokens / seconds,
-                "seconds": seconds,
-            }
-        ]
-        print(name, sides[name][0], flush=True)
-    return sides
+    loaded = load(resolve_base(read_adapter(args.runs[0]), args.model))
+    if run:
+        apply(loaded.model, read_adapter(run))
+    prompts = task_prompts(loaded.tokenizer, tasks, loaded.path)
+    said = answer_all(loaded.model, loaded.tokenizer, prompts, args.max_tokens, ends=ENDS)
+    pairs = zip(tasks, said, strict=True)
+    outcomes = run_all([task.program(answer.text) for task, answer in pairs], lambda _: None)
+    return {
+        "outcomes": outcomes,
+        "stopped": [answer.stopped for answer in said],
+        "tokens": [answer.tokens for answer in said],
+        "text": [answer.text for answer in said],
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ COMPUTING = {"generate", "eval", "convert", "fuse", "export", "bench", "doctor"}
 
 def start() -> None:
     """Run the command line."""
+    # transformers imports torch where it is installed, which takes seconds. No command uses it.
+    sys.modules.setdefault("torch", None)  # type: ignore[call-overload]
     if set(sys.argv[1:2]) & COMPUTING:
         blas.preload()
     main()

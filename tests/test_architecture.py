@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -286,10 +287,10 @@ def loaded_by(*arguments: str, exit_code: int) -> set[str]:
     """The top-level modules that a command has imported when it ends."""
     code = (
         "import json, sys\n"
-        "from mlx_tuner.cli import main\n"
-        "try: main()\n"
+        "from mlx_tuner.__main__ import start\n"
+        "try: start()\n"
         "except SystemExit as end: code = end.code\n"
-        "names = {name.split('.')[0] for name in sys.modules}\n"
+        "names = {name.split('.')[0] for name, found in sys.modules.items() if found}\n"
         "print(json.dumps([code or 0, sorted(names)]), file=sys.__stderr__)\n"
     )
     done = subprocess.run(
@@ -303,6 +304,13 @@ def loaded_by(*arguments: str, exit_code: int) -> set[str]:
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded_by(*arguments, exit_code=0) & (HEAVY | {"pydantic", "rich"})
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_torch_is_not_loaded_though_transformers_would() -> None:
+    loaded = loaded_by("generate", "builtin:tiny-qwen", "x", "--max-tokens", "1", exit_code=0)
+    assert "transformers" in loaded
+    assert "torch" not in loaded
 
 
 def test_a_wrong_recipe_is_told_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
