@@ -333,6 +333,10 @@ TASK = {
 }
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_programs_are_run_only_where_that_is_allowed(run, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "tasks.jsonl", [TASK, {**TASK, "task_id": "t/1"}])
     monkeypatch.setattr(evaluating.tasks, "run_all", None)
@@ -354,11 +358,22 @@ def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkey
     result = command(run, "--tasks", file, "--allow-code-execution", "--samples", 0)
     assert result.exit_code == 0, result.output
     assert "2 of 2 tasks pass, 1 of 2 before." in " ".join(result.stdout.split())
-    kept = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
-    assert kept == [
-        {"task_id": "t/0", "base": "failed", "tuned": "passed"},
-        {"task_id": "t/1", "base": "passed", "tuned": "passed"},
-    ]
+    one, two = "    return 1", "    return 2"
+    first = {"base": "failed", "base_answer": one, "tuned": "passed", "tuned_answer": two}
+    second = {"base": "passed", "base_answer": two, "tuned": "passed", "tuned_answer": two}
+    assert lines(run / "tasks.jsonl") == [{"task_id": "t/0", **first}, {"task_id": "t/1", **second}]
+
+
+def test_what_the_base_wrote_is_kept_where_the_tuned_model_does_not_come_to_an_end(
+    run, tmp_path, monkeypatch
+):
+    file = write_rows(tmp_path / "tasks.jsonl", [TASK])
+    said = iter(([Answer("    return 2", True, 4)],))
+    monkeypatch.setattr(evaluating, "answer_all", lambda *_, **__: next(said))
+    result = command(run, "--tasks", file, "--allow-code-execution", "--samples", 0)
+    assert result.exit_code == 1
+    kept = {"task_id": "t/0", "base": "passed", "base_answer": "    return 2"}
+    assert lines(run / "tasks.jsonl") == [kept]
 
 
 @pytest.mark.parametrize(

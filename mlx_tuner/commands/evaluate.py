@@ -112,7 +112,7 @@ class Tasks(NamedTuple):
     limit: int | None
     """The first ones only."""
     results: Path | None
-    """Where each task's outcome goes; by default beside the adapter."""
+    """Where each task's answers and outcomes go; by default beside the adapter."""
 
 
 def evaluate(
@@ -164,10 +164,12 @@ def evaluate(
         # With factors of zero an adapter adds zero: the base model itself, to the bit.
         trainer.state = State.start(mx.zeros_like(factors))
         base = exam.taken("base", trainer)
+        if programs:  # half of what may take an hour
+            _keep_outcomes(programs.results or source / TASKS, to_do, base=base)
         trainer.state = State.start(factors)
         tuned = exam.taken("tuned", trainer)
-    if programs:
-        _keep_outcomes(programs.results or source / TASKS, to_do, base.outcomes, tuned.outcomes)
+        if programs:
+            _keep_outcomes(programs.results or source / TASKS, to_do, base=base, tuned=tuned)
     differences = [t - b for b, t in zip(base.losses, tuned.losses, strict=True)]
     own = [len(tokenizer.encode(q.answer, add_special_tokens=False)) for q in asked]
     return Evaluation(
@@ -215,8 +217,10 @@ class _Taken(NamedTuple):
     """Their number."""
     answers: list[Answer]
     """To the questions."""
+    written: list[str]
+    """Its answers to the tasks."""
     outcomes: list[tasks.Outcome]
-    """Of the programs that it wrote, a task each."""
+    """Of the programs that they make."""
 
 
 @dataclass(frozen=True)
@@ -241,15 +245,14 @@ class _Exam:
                 losses, targets = _losses(trainer, self.rows, advance)
         prompts = [question.prompt for question in self.asked]
         answers = self._answers(trainer, prompts, f"answering with the {name} model")
-        return _Taken(losses, targets, answers, self._outcomes(name, trainer))
-
-    def _outcomes(self, name: str, trainer: Trainer) -> list[tasks.Outcome]:
         what = f"programming with the {name} model"
-        written = self._answers(trainer, self.exercises, what, tasks.ENDS)
+        written = [a.text for a in self._answers(trainer, self.exercises, what, tasks.ENDS)]
+        return _Taken(losses, targets, answers, written, self._outcomes(name, written))
+
+    def _outcomes(self, name: str, written: Sequence[str]) -> list[tasks.Outcome]:
         if not written:
             return []
-        pairs = zip(self.to_do, written, strict=True)
-        programs = [task.program(answer.text) for task, answer in pairs]
+        programs = [task.program(text) for task, text in zip(self.to_do, written, strict=True)]
         with self.display.task(f"running its programs ({name})", len(programs)) as advance:
             return tasks.run_all(programs, advance)
 
@@ -300,18 +303,15 @@ def _side(taken: _Taken, asked: Sequence[Question]) -> Side:
     )
 
 
-def _keep_outcomes(
-    path: Path,
-    to_do: Sequence[tasks.Task],
-    base: Sequence[tasks.Outcome],
-    tuned: Sequence[tasks.Outcome],
-) -> None:
-    """Write a line for each task: how the base's program ended, and the tuned model's."""
-    lines = [
-        json.dumps({"task_id": task.task_id, "base": before, "tuned": after}) + "\n"
-        for task, before, after in zip(to_do, base, tuned, strict=True)
-    ]
-    files.write_text(path, "".join(lines))
+def _keep_outcomes(path: Path, to_do: Sequence[tasks.Task], **sides: _Taken) -> None:
+    """Write a line for each task: what each side answered, and how the program ended."""
+    lines = ""
+    for i, task in enumerate(to_do):
+        line = {"task_id": task.task_id}
+        for name, side in sides.items():
+            line |= {name: side.outcomes[i], f"{name}_answer": side.written[i]}
+        lines += json.dumps(line) + "\n"
+    files.write_text(path, lines)
 
 
 def _share(outcomes: Sequence[bool]) -> Share:
