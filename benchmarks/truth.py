@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def in_float64(args: Any) -> list[dict[str, float]]:
     import torch
 
     model = peft_model(args, torch.float64)
+    round_nothing(model)
     batch = batches()[0]
     targets = sum(int(row.loss_mask.sum()) for row in batch)
     total = 0.0
@@ -160,6 +162,26 @@ def in_float64(args: Any) -> list[dict[str, float]]:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients)).item()
     return [{"loss": total, "grad_norm": norm}]
+
+
+def round_nothing(model: Any) -> None:
+    """Norms and rotary angles in the model's dtype: transformers has them in fp32 in any."""
+    import torch
+    from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+    def turns(config: Any, x: Any, position_ids: Any) -> tuple[Any, Any]:
+        size = config.hidden_size // config.num_attention_heads
+        exponents = torch.arange(0, size, 2, dtype=x.dtype).repeat(2) / size
+        angles = position_ids[..., None] * config.rope_parameters["rope_theta"] ** -exponents
+        return angles.cos(), angles.sin()
+
+    for module in model.modules():
+        if isinstance(module, qwen2.Qwen2RMSNorm):
+            norm = {"weight": module.weight, "eps": module.variance_epsilon}
+            shape = module.weight.shape
+            module.forward = partial(torch.nn.functional.rms_norm, normalized_shape=shape, **norm)
+        elif isinstance(module, qwen2.Qwen2RotaryEmbedding):
+            module.forward = partial(turns, module.config)
 
 
 def ours(args: Any) -> list[dict[str, float]]:

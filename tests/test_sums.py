@@ -23,9 +23,19 @@ def test_a_gradients_norm_is_as_exact_as_torchs(size):
     assert abs(norm.item() / truth - 1) < 1e-6
 
 
-@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 1_048_577])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 1024, 1025, 1_048_577])
 def test_a_total_has_every_number_in_it_once(size):
     assert sums.total(mx.ones(size)).item() == size
+
+
+@pytest.mark.parametrize("place", [0, 77_777, VOCABULARY - 1])
+def test_a_large_number_swallows_no_small_ones(place):
+    """A certain token among many unlikely ones, each less than half of the last bit of a 1."""
+    row = np.full(VOCABULARY, 5e-8, np.float32)
+    row[place] = 1
+    truth = row.sum(dtype=np.float64)
+    assert sums.row_sums(mx.array(row[None])).item() == pytest.approx(truth, rel=2e-6)
+    assert sums.total(mx.array(row)).item() == pytest.approx(truth, rel=2e-6)
 
 
 def flat_tail(rows):

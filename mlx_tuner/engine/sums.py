@@ -1,8 +1,8 @@
 """Sums that keep their tail.
 
 MLX's CPU backend adds a whole row, or a whole array, in a few fp32 accumulators: the mean of a
-million numbers is off by a thousandth, a softmax over 150,000 logits by nearly as much. Summed in
-blocks, the error is no larger than torch's.
+million numbers is off by a thousandth, a softmax over 150,000 logits by nearly as much. Of a
+product with ones, 2e-6 of a softmax's sum is lost. Level by level, 2e-7 is.
 """
 
 from __future__ import annotations
@@ -11,16 +11,26 @@ import mlx.core as mx
 
 from mlx_tuner.engine.exponential import exp
 
-BLOCK = 1024
+PARTS = 32
+"""Numbers that are added one after the other."""
+
+
+def row_sums(x: mx.array) -> mx.array:
+    """The sum of each row of (n, V), as (n, 1).
+
+    A row is cut into 32 parts, which are added, and so on with what that gives, so that few numbers
+    are added to one that is much larger (pairwise summation, Higham 1993).
+    """
+    while x.shape[1] > PARTS:
+        if odd := x.shape[1] % PARTS:
+            x = mx.pad(x, [(0, 0), (0, PARTS - odd)])
+        x = x.reshape(len(x), PARTS, -1).sum(axis=1)
+    return x.sum(axis=1, keepdims=True)
 
 
 def total(x: mx.array) -> mx.array:
     """The sum of all numbers of an array, a scalar of its dtype."""
-    x = x.reshape(-1)
-    while x.size > BLOCK:
-        blocks = -(-x.size // BLOCK)
-        x = mx.pad(x, (0, blocks * BLOCK - x.size)).reshape(blocks, BLOCK).sum(axis=-1)
-    return x.sum()
+    return row_sums(x.reshape(1, x.size)).reshape(())
 
 
 def norm(x: mx.array) -> mx.array:
@@ -28,13 +38,8 @@ def norm(x: mx.array) -> mx.array:
     return mx.sqrt(total(mx.square(x)))
 
 
-def row_sums(x: mx.array) -> mx.array:
-    """The sum of each row of (n, V), as (n, 1): a matrix product, which adds in blocks."""
-    return x @ mx.ones((x.shape[-1], 1), x.dtype)
-
-
 def column_sums(x: mx.array) -> mx.array:
-    """The sum of each column of (n, V), as (V,), likewise."""
+    """The sum of each column of (n, V), as (V,): a matrix product, which adds in blocks."""
     return (mx.ones((1, len(x)), x.dtype) @ x)[0]
 
 
