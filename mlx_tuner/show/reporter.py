@@ -16,6 +16,8 @@ from mlx_tuner.system import files
 
 DRAWING_SHARE = 0.01
 """Of a run's time, that its plots and page may take while it goes on."""
+SHORT_SECONDS = 5.0
+"""A run of less is drawn at its end alone."""
 
 
 class Reporter:
@@ -56,8 +58,8 @@ class Reporter:
 
     def refresh(self, meter: Meter, **more: Any) -> None:
         """Draw a run that goes on, if that has not taken too much of its time already."""
-        drawing = meter.other_seconds.get("drawing", 0.0)
-        if drawing <= DRAWING_SHARE * meter.elapsed_seconds:
+        seconds, drawing = meter.elapsed_seconds, meter.other_seconds.get("drawing", 0.0)
+        if seconds > SHORT_SECONDS and drawing <= DRAWING_SHARE * seconds:
             self._draw(RUNNING, meter, more)
 
     def end(self, status: str, meter: Meter, **more: Any) -> Summary:
