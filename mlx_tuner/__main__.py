@@ -12,7 +12,7 @@ COMPUTING = {"generate", "eval", "convert", "fuse", "export", "bench", "doctor"}
 def start() -> None:
     """Run the command line."""
     # transformers imports torch where it is installed, which takes seconds. No command uses it.
-    sys.modules.setdefault("torch", None)  # type: ignore[call-overload]
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     if set(sys.argv[1:2]) & COMPUTING:
         blas.preload()
     main()

@@ -313,6 +313,7 @@ def test_torch_is_not_loaded_though_transformers_would() -> None:
     assert "torch" not in loaded
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_is_told_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
     recipe = tmp_path / "wrong.toml"
     recipe.write_text('[model]\npath = "builtin:tiny-qwen"\n[lora]\nr = 8\n')

@@ -180,6 +180,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str) -> No
         bench.load_result(path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_object_and_keeps_it(micro: None) -> None:
     flags = ["--model", "micro", "--rows", "2", "--batch-size", "2", "--steps", "1", "--quick"]
     flags += ["--quantize", "4", "--name", "mine", "--json"]
@@ -450,6 +451,7 @@ report(seconds=float(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_child_reports_its_figures_and_its_own_peak_memory(
     harness: ModuleType, root: Path, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_every_loader_cuts_text_into_the_same_tokens_and_back():
     assert tokenizer().decode(ids) == text
 
 
+@pytest.mark.slow
 def test_text_is_cut_where_the_real_tokenizer_cuts_it(shared):
     real = AutoTokenizer.from_pretrained(shared / "qwen2.5-coder")
     ours, theirs = (
@@ -112,6 +113,7 @@ def test_the_template_renders_chatml():
     )
 
 
+@pytest.mark.slow
 def test_tool_turns_are_rendered_as_the_real_template_renders_them(shared):
     real = AutoTokenizer.from_pretrained(shared / "qwen2.5-coder")
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -133,6 +135,7 @@ def test_tool_turns_are_rendered_as_the_real_template_renders_them(shared):
     assert json.dumps(TOOL) in ours[: ours.index(start)]
 
 
+@pytest.mark.slow
 def test_an_answer_comes_to_its_end():
     model, wrapped = loaded()
     request = [{"role": "user", "content": "Write add(a, b) in Python: return the sum of a and b."}]

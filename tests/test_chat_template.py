@@ -81,6 +81,7 @@ def test_a_template_that_fails_is_left_to_whoever_renders_rows(folder, template)
     assert load_tokenizer(folder).has_chat_template
 
 
+@pytest.mark.slow
 def test_every_template_of_a_folder_is_tried(folder):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(LOOPS)

@@ -122,6 +122,7 @@ def test_unknown_commands_and_options_are_refused(mlx_tune: Here) -> None:
         assert mlx_tune.refused(2, *arguments) == [f"mlx-tune: error: {what}"]
 
 
+@pytest.mark.slow
 def test_a_missing_recipe_is_refused_by_name(mlx_tune: Here, folder: Path) -> None:
     for command in ("run", "plan"):
         [line] = mlx_tune.refused(2, command, "missing.toml")
@@ -144,6 +145,7 @@ def test_every_fault_of_a_recipe_is_a_line_with_its_place(mlx_tune: Here, folder
     assert not (folder / "adapters").exists()
 
 
+@pytest.mark.slow
 def test_overrides_are_checked_like_a_recipe(mlx_tune: Here, folder: Path) -> None:
     overrides = ["--set", "lora.rank=zero", "--set", "train.max_steps=0"]
     lines = mlx_tune.refused(2, "run", "small.toml", *overrides)
@@ -306,6 +308,7 @@ def test_dry_run_is_plan_and_leaves_nothing(mlx_tune: Here, folder: Path) -> Non
     assert {path.name for path in folder.iterdir()} == {"rows.jsonl", "small.toml"}
 
 
+@pytest.mark.slow
 def test_plan_needs_no_weights_and_counts_what_the_user_recorded(
     mlx_tune: Here, shared: Path, root: Path, tmp_path: Path
 ) -> None:

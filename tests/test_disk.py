@@ -21,6 +21,7 @@ def instant():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
 def test_whichever_call_fails_what_was_saved_stays_and_the_error_says_where(tmp_path, for_good):
     """Each call of a save in turn, each with another error."""

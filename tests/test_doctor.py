@@ -140,6 +140,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.level, finding.what[:6]) == ("warn", "1.0 GB")
 
 
+@pytest.mark.slow
 def test_whatever_warns_or_is_to_be_fixed_comes_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -99,6 +99,7 @@ def test_the_losses_are_mlx_lms_of_each_row(base, run):
     assert (found.tuned.stops.of, found.tuned.parses.share) == (0, None)
 
 
+@pytest.mark.slow
 def test_rows_that_were_trained_on_are_counted(run, tmp_path):
     assert evaluated(run, samples=0).rows_trained_on == 2
     held_out = write_rows(tmp_path / "more.jsonl", ROWS[8:])
@@ -206,6 +207,7 @@ def test_a_question_is_a_row_up_to_its_last_answer(tmp_path):
     assert tokenizer.decode(second.prompt) == rendered
 
 
+@pytest.mark.slow
 def test_plain_text_asks_nothing_and_has_a_loss(base, adapted, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "One two three."}] * 3)
     config = json.loads((base / "tokenizer_config.json").read_text())
@@ -315,6 +317,7 @@ def test_json_is_one_object_and_nothing_else(run):
     assert "2 rows trained on as well" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_table_shows_both_sides_and_a_verdict(run):
     found = evaluated(run, samples=2, max_tokens=4)
     result = command(run, "--samples", 2, "--max-tokens", 4)
@@ -403,6 +406,7 @@ def test_where_no_program_can_be_run_no_model_is_asked_for_one(
     assert f"mlx-tune: error: --tasks: programs cannot be run here: {why}" in result.stderr
 
 
+@pytest.mark.slow
 def test_tasks_need_no_held_out_rows(base, run, tmp_path, monkeypatch):
     (run / "recipe.toml").write_text(RECIPE.format(base=base, folder=tmp_path, valid=""))
     file = write_rows(tmp_path / "tasks.jsonl", [TASK])
@@ -444,6 +448,7 @@ def test_a_wrong_command_is_one_line(base, run, tmp_path):
         evaluated(run)
 
 
+@pytest.mark.slow
 def test_a_pefts_adapter_is_evaluated_as_it_is_read(base, adapted, tmp_path):
     from mlx_tuner.models.peft_format import write_peft
 

@@ -292,6 +292,7 @@ def test_a_run_that_goes_on_has_the_best_adapter_that_its_checkpoint_knows(
     assert_same_adapter(tmp_path / "run", checkpoints / "step-00000003")
 
 
+@pytest.mark.slow
 def test_a_run_whose_files_have_moved_is_the_same_run(finished, root, tmp_path):
     path, summary = finished
     (tmp_path / "data").mkdir()
@@ -370,6 +371,7 @@ def test_what_changes_no_result_may_change_in_a_resumed_run(finished, root, tmp_
     assert (kept.train.save_every, kept.train.gradient_checkpointing) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_finished_says_so_and_trains_nothing(finished, root, capsys):
     path, summary = finished
     before = contents(path)

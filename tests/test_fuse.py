@@ -160,6 +160,7 @@ def test_a_quantised_base_is_dequantised(base, tmp_path, display):
     assert np.abs(np.array(loaded(TOKENS)) - expected).max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", some_slow([8, 4], {8}))
 def test_a_quantised_result_says_what_it_lost(base, adapted, tmp_path, display, bits):
     made = fuse(adapted, tmp_path / "fused", display, bits=bits)
@@ -172,6 +173,7 @@ def test_a_quantised_result_says_what_it_lost(base, adapted, tmp_path, display, 
     assert shown["loss of the fused model"] != shown["loss with the adapter"]
 
 
+@pytest.mark.slow
 def test_every_token_that_ends_an_answer_is_listed(base, adapted, tmp_path, display):
     fuse(adapted, tmp_path / "fused", display)
     path = tmp_path / "fused" / "generation_config.json"
@@ -311,6 +313,7 @@ def test_the_card_keeps_prompts_as_they_are(run, tmp_path, display):
     assert str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_the_card_has_recipe_losses_and_plot_and_no_private_path(run, tmp_path, display):
     fuse(run, tmp_path / "fused", display)
     card = (tmp_path / "fused" / "README.md").read_text()
@@ -350,6 +353,7 @@ def test_half_of_a_fine_tune_is_the_limit(tmp_path, quantised):
             require_kept(check, tmp_path, quantised=quantised)
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
     base = write_model(tmp_path / "base", dtype=mx.bfloat16)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base, scale=1e-3))
@@ -358,6 +362,7 @@ def test_a_fine_tune_that_rounding_erases_is_refused(tmp_path, display):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_quantising_erases_is_refused(base, tmp_path, display):
     adapter = make_adapter(load_model(base)[0], base, targets=["q_proj"], scale=1e-5)
     write_adapter(tmp_path / "adapter", adapter)
@@ -444,6 +449,7 @@ def test_a_wrong_command_is_one_line(adapted, tmp_path, monkeypatch, arguments, 
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
+@pytest.mark.slow
 def test_a_push_uploads_the_folder_once_it_is_complete(adapted, tmp_path, monkeypatch, hub_of_none):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     arguments = ["fuse", str(adapted), "-o", str(tmp_path / "fused"), "--push", "me/mine"]

@@ -142,6 +142,7 @@ def test_the_metadata_is_what_llama_cpp_asks_for(base, exported):
     assert fields["tokenizer.chat_template"] == template
 
 
+@pytest.mark.slow
 def test_scaled_positions_the_base_and_the_system_prompt_are_written(tmp_path, display):
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     base = write_model(tmp_path / "base", num_hidden_layers=1, rope_scaling=scaling)
@@ -180,6 +181,7 @@ def test_tokens_types_and_merges_are_the_tokenizers(base, exported):
     ]
 
 
+@pytest.mark.slow
 def test_rows_of_the_embedding_without_a_token_are_named_as_padding(tmp_path, display):
     base = write_model(tmp_path / "base", vocab_size=2080)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
@@ -199,6 +201,7 @@ def test_the_modelfile_writes_turns_as_the_models_template_does(exported):
     assert ('SYSTEM """' in text) == has_default
 
 
+@pytest.mark.slow
 def test_weights_of_a_shape_that_q8_0_has_no_blocks_for_are_halves(tmp_path, display):
     base = write_model(tmp_path / "base", intermediate_size=48)
     write_adapter(tmp_path / "adapter", make_adapter(load_model(base)[0], base))
@@ -269,6 +272,7 @@ def ours(base, adapter, prompt, length=24):
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(["builtin", "qwen3", "qwen3_5"], {"qwen3", "qwen3_5"}))
 def test_llama_cpp_answers_with_our_tokens(tmp_path, display, name):
     base = base_of(tmp_path, name)
@@ -340,6 +344,7 @@ def test_llama_cpp_answers_from_rounded_weights_nearly_as_we_do(tmp_path, displa
         assert short.max() < (0.05 if dtype == "q8_0" else 0.01)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_an_end_has_that_of_the_models_config(tmp_path, display):
     base = write_model(tmp_path / "base", eos_token_id=[2039])
     (base / "generation_config.json").unlink()
@@ -435,6 +440,7 @@ def test_a_model_that_is_not_dense_qwen_is_refused(adapted, base, tmp_path, disp
         export_gguf(adapted, tmp_path / "m.gguf", display)
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_files_and_pushes_only_them(
     adapted, tmp_path, monkeypatch, hub_of_none
 ):

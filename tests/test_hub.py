@@ -67,6 +67,7 @@ def test_a_second_start_downloads_nothing_and_shows_no_bar(fake, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_cache_serves_where_the_hub_is_out_of_reach(fake, monkeypatch):
     folder = hub.download_model("qwen/tiny")
     rows = hub.download_dataset_file("acme/rows")
@@ -148,6 +149,7 @@ def test_a_file_that_arrives_damaged_is_downloaded_once_more(fake, name):
     assert fake.downloads(name) == 2
 
 
+@pytest.mark.slow
 def test_a_file_that_arrives_damaged_twice_is_refused_and_not_taken_from_the_cache_later(fake):
     damaged = b"?" * len(WEIGHTS)
     repository = fake.repositories["models/qwen/tiny"]
@@ -157,6 +159,7 @@ def test_a_file_that_arrives_damaged_twice_is_refused_and_not_taken_from_the_cac
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
+@pytest.mark.slow
 def test_a_file_of_another_size_than_announced_is_downloaded_once_more(fake):
     served = fake.repositories["models/qwen/tiny"].served
     served["model.safetensors"] = [b"short"] * 2
@@ -235,6 +238,7 @@ def test_a_push_without_a_token_is_refused(fake, tmp_path):
     assert "me/mine: " in fault(ModelError, hub.push, tmp_path, "me/mine")
 
 
+@pytest.mark.slow
 def test_a_pushed_folder_is_a_model_by_name(fake, monkeypatch, tmp_path):
     """To us and to mlx-lm."""
     with Display() as display:

@@ -86,6 +86,7 @@ def test_mlx_lms_adapter_is_fused(made, logits, tmp_path):
     assert np.abs(np.array(fused(mx.array(IDS))) - logits).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_mlx_lms_adapter_is_evaluated(made):
     rows = made.parent / "valid.jsonl"
     found = json.loads(done("eval", made, "--data", rows, "--samples", 1, "--json"))
@@ -105,6 +106,7 @@ def test_mlx_lms_adapter_is_exported_to_peft(made, logits, tmp_path):
     assert np.abs(found.numpy() - logits).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_mlx_lms_adapter_is_exported_to_gguf(made, tmp_path):
     gguf = pytest.importorskip("gguf")
     done("export", made, "--to", "gguf", "-o", tmp_path / "model.gguf", "--dtype", "f32")

@@ -44,6 +44,7 @@ def memory_with(budget, recipe, monkeypatch):
     return needs.memory_of(recipe, needs.skeleton(recipe, config), config, data.train)
 
 
+@pytest.mark.slow
 def test_the_parts_are_the_peak_and_the_advice_is_the_first_setting_that_helps(recipe, monkeypatch):
     plenty = memory_with(10**12, recipe, monkeypatch)
     assert plenty.fits

@@ -65,6 +65,7 @@ def test_it_loads_nothing_and_is_small(report):
     assert links == []
 
 
+@pytest.mark.slow
 def test_a_run_of_many_steps_is_still_small_and_keeps_its_worst_step():
     losses = [1.0 + n % 7 / 10 for n in range(200_000)]
     losses[154_321] = 77.5

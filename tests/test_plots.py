@@ -62,6 +62,7 @@ def test_many_log_lines_get_a_smoothed_curve_between_their_extremes(tmp_path, fi
     assert all(1.3 < value < 1.7 for value in values[5:-5])
 
 
+@pytest.mark.slow
 def test_epochs_are_marked_where_they_end(tmp_path, figures):
     plots.loss_curve(tmp_path / "loss.png", users_run(), None)
     labels = {text.get_text(): text.xy[0] for text in figures[0].axes[0].texts}
@@ -83,6 +84,7 @@ def test_the_gradient_norm_plot_has_the_learning_rate_on_its_own_axis(tmp_path, 
     assert [label.get_text() for label in right.get_yticklabels()][1] == "5e-5"
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_training_and_validation_loss(tmp_path, figures):
     runs = {"a": validated([1.0, 0.8]), "b": users_run(), "c": []}
     plots.comparison(tmp_path / "compare.png", runs)
@@ -104,6 +106,7 @@ def test_more_runs_than_colours_are_told_apart_by_line_and_marker(tmp_path, figu
     assert len(looks) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "records",
     [[], [train_record(1, 1.0)], [train_record(s, math.nan, grad_norm=math.inf) for s in (1, 2)]],

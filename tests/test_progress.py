@@ -236,6 +236,7 @@ def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path):
     assert done.read_text() == "went on"
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_does_not_stop_the_run(tmp_path):
     done = tmp_path / "done"
     ours, theirs = os.openpty()

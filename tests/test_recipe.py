@@ -392,6 +392,7 @@ def test_broken_toml_is_refused_with_its_line(text: str, said: str) -> None:
     assert fault.startswith(said)
 
 
+@pytest.mark.slow
 def test_thousands_of_faults_stay_few_and_quick() -> None:
     text = "[train]\n" + "\n".join(f"key_{n} = 1" for n in range(60_000))
     assert len(faults(text)) == 100

@@ -144,6 +144,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_an_overwritten_run_comes_back_whatever_moment_the_new_one_is_killed_at(
     tmp_path, monkeypatch
 ):
@@ -217,6 +218,7 @@ def test_a_run_is_not_written_into_models_or_data(tmp_path):
     begin(tmp_path / "model-2", RECIPE, keep_out_of=[model]).close()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_place_is_told_pid_and_start(tmp_path):
     with begin(tmp_path / "run", RECIPE) as run:
         for start in (

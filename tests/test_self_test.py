@@ -47,6 +47,7 @@ def test_attention_that_sees_the_next_token_is_found(monkeypatch: pytest.MonkeyP
     assert not operations.check_attention(SIDE, 64)[0]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_a_thousandth_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class Off(Trainer):
         def sum_of_micro_batches(self, step, number):

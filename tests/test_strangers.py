@@ -134,6 +134,7 @@ def fifo_as_config(folder):
     os.mkfifo(folder / "config.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", some_slow(MODEL_COMMANDS, {"run"}))
 def test_every_command_checks_a_model_folder_before_it_is_read(command, model, tmp_path):
     fifo_as_config(model)
@@ -261,6 +262,7 @@ def test_a_hostile_model_folder_is_refused_in_a_line(what, model, tmp_path):
         assert all(len(line) < 1_500 for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_a_template_that_loops_for_some_content_only_is_stopped(model, tmp_path, monkeypatch):
     """Which no check beforehand can find: it is as long as a row takes that ends it."""
     monkeypatch.setattr(chat_template, "ROW_SECONDS", 1.0)
@@ -330,6 +332,7 @@ def test_one_ctrl_c_ends_a_command_whose_template_does_not_end(model, tmp_path):
     assert output.endswith("Aborted!\n")
 
 
+@pytest.mark.slow
 def test_a_header_of_58_megabytes_is_refused_before_it_is_read(model, tmp_path):
     header = json.dumps({"x" * 58_000_000: 1}).encode()
     path = model / "model.safetensors"
@@ -407,6 +410,7 @@ def test_a_hostile_adapter_config_is_refused_in_a_line(adapter, tmp_path, change
     assert said in refusal("fuse", tmp_path, model=None, adapter=adapter)
 
 
+@pytest.mark.slow
 def test_a_rank_or_patterns_that_would_take_memory_or_time_are_refused_unbuilt(adapter, tmp_path):
     shutil.rmtree(adapter)
     adapter.mkdir()

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from marks import some_slow
 
 from mlx_tuner.runs import causes, place
+
+EXIT_CODES = {"INT": 130, "TERM": 143, "HUP": 129}
 
 
 def parent(settings: str) -> str:
@@ -150,6 +153,7 @@ if attempt == 1: os.kill(os.getpid(), signal.SIGKILL)
     assert "Fatal Python error: Segmentation fault" in log
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_tried_again_with_half_the_tokens_and_a_limit(supervised) -> None:
     script = f"""
 own.started(4096 >> attempt)
@@ -190,6 +194,7 @@ def test_without_restarts_the_first_death_is_the_end(supervised) -> None:
     assert (code, len(told), len(lines)) == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_between_steps_is_started_again(supervised) -> None:
     script = """
 if attempt == 0:
@@ -203,6 +208,7 @@ if attempt == 0:
     assert "it hung: nothing happened for" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_child_that_somebody_has_stopped_does_not_hang(tmp_path) -> None:
     """For twice as long as one may be silent, and then it ends at once."""
     stop = "Path('ready').touch(); os.kill(os.getpid(), signal.SIGSTOP); os._exit(0)"
@@ -216,8 +222,8 @@ def test_a_child_that_somebody_has_stopped_does_not_hang(tmp_path) -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize(("sent", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
-def test_a_signal_is_handed_on_once_and_decides_the_exit_code(tmp_path, sent, code) -> None:
+@pytest.mark.parametrize("sent", some_slow(EXIT_CODES, ["TERM", "HUP"]))
+def test_a_signal_is_handed_on_once_and_decides_the_exit_code(tmp_path, sent) -> None:
     script = f"""
 came = []
 def keep(number, frame):
@@ -228,12 +234,12 @@ Path("ready").touch()
 while not came:
     time.sleep(0.01)
 time.sleep(0.5)  # a second one would come at once
-sys.exit({code})
+sys.exit({EXIT_CODES[sent]})
 """
     process = start(tmp_path, script)
     wait_for(tmp_path / "ready")
     process.send_signal(signal.Signals[f"SIG{sent}"])
-    assert process.wait(timeout=PATIENCE_SECONDS) == code
+    assert process.wait(timeout=PATIENCE_SECONDS) == EXIT_CODES[sent]
     assert len(list(tmp_path.glob("signal-*"))) == 1
     process.stderr.close()
 
@@ -274,6 +280,7 @@ def test_of_many_starts_at_once_one_trains_and_the_others_name_it(tmp_path) -> N
             process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_parent_takes_little_memory_and_hardly_any_time(tmp_path) -> None:
     script = "Path('ready').touch()\nfor _ in range(100): own.step(); time.sleep(0.02)"

@@ -22,6 +22,7 @@ open(sys.argv[1], "w").write("went on")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_leaves_does_not_stop_the_writer(tmp_path, stream):
     done = tmp_path / "done"
