@@ -30,6 +30,8 @@ benchmark.
 | `mlx-tune bench --sweep` | rows a step × tokens a row × quantisation |
 | `python benchmarks/training.py` | our training step against mlx-lm's, on real rows |
 | `… --model FOLDER --against mlx-lm peft` | the same on a model's weights, and PEFT on torch |
+| `python benchmarks/truth.py --model FOLDER` | our steps and logits against PEFT's, and float64 |
+| `python benchmarks/answers.py …` | answers side by side against one by one; HumanEval of runs |
 | `python benchmarks/data.py` | reading, checking and tokenising rows |
 | `python benchmarks/convert.py` | converting a model, against mlx-lm |
 | `python benchmarks/chaos.py` | what kills, signals, disks, damage and clocks do to a run |
