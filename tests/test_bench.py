@@ -232,6 +232,7 @@ def test_the_first_loss_of_mlx_lms_trainer_is_ours(uncompiled: None) -> None:
     assert ours.loss == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_the_fastest_setting_and_draws_it(
     micro: None, readme: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

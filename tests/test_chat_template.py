@@ -75,6 +75,7 @@ def test_a_template_that_no_pipe_holds_is_tried_whole(folder):
         load_tokenizer(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% break %}", "{% if %}"])
 def test_a_template_that_fails_is_left_to_whoever_renders_rows(folder, template):
     (folder / "chat_template.jinja").write_text(template)

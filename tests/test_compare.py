@@ -126,6 +126,7 @@ def test_the_words_of_the_progression_agree_with_its_numbers(runs):
     assert rows[1][3:] == ["rising, 0.7000", "stopped early"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_only_into_a_folder_that_is_given(
     runs, tmp_path, monkeypatch
 ):

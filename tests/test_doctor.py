@@ -107,6 +107,7 @@ def test_a_package_that_is_missing_or_too_old_comes_with_its_command(
     assert 'pip install -U "mlx-lm>=' in _find(report, "mlx-lm").advice
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the extra is for Linux")
 def test_the_cuda_extra_counts_as_installed_with_its_backend_only(
     monkeypatch: pytest.MonkeyPatch,
@@ -166,6 +167,7 @@ def test_whatever_warns_or_is_to_be_fixed_comes_with_what_to_do(
     assert all(finding.advice for finding in wrong)
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_object_and_its_exit_code_says_whether_anything_can_train(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -367,6 +367,7 @@ def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkey
     assert lines(run / "tasks.jsonl") == [{"task_id": "t/0", **first}, {"task_id": "t/1", **second}]
 
 
+@pytest.mark.slow
 def test_what_the_base_wrote_is_kept_where_the_tuned_model_does_not_come_to_an_end(
     run, tmp_path, monkeypatch
 ):

@@ -317,6 +317,7 @@ def test_resuming_with_another_recipe_names_what_differs(finished, root):
     assert "--allow-change" in message
 
 
+@pytest.mark.slow
 def test_resuming_on_other_rows_or_another_model_is_refused(finished, root, tmp_path):
     """The row's text, the order of two rows, the validation rows: each makes it another run."""
     path, _ = finished
@@ -350,6 +351,7 @@ def resume_as(recipe, kept, path):
         run_recipe(kept, path, resume=True)
 
 
+@pytest.mark.slow
 def test_another_base_model_is_another_run(finished, root, monkeypatch):
     path, _ = finished
     monkeypatch.setattr(training, "fingerprint", lambda folder: "0" * 64)

@@ -146,6 +146,7 @@ def test_the_bases_dtype_is_kept_and_rounding_costs_little(tmp_path, display):
     assert made.check.kept == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_dequantised(base, tmp_path, display):
     quantised = tmp_path / "quantised"
     convert(str(base), quantised, display, bits=8, verify=False)

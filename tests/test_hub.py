@@ -80,6 +80,7 @@ def test_the_cache_serves_where_the_hub_is_out_of_reach(fake, monkeypatch):
     assert hub.download_model("qwen/tiny") == folder
 
 
+@pytest.mark.slow
 def test_a_model_that_came_by_its_commit_is_found_offline_once_its_branch_was_asked_for(
     fake, monkeypatch
 ):

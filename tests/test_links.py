@@ -62,6 +62,7 @@ def test_a_link_is_as_it_was_measured_last(elsewhere, monkeypatch) -> None:
     assert links.measured("thunderbolt") == LINKS["thunderbolt"]
 
 
+@pytest.mark.slow
 def test_a_plan_shares_the_time_and_adds_the_sums(root, elsewhere, monkeypatch) -> None:
     monkeypatch.setattr("mlx_tuner.training.needs.seconds_of", lambda *_, **__: (100.0, "by hand"))
     recipe = load_recipe(root / "recipes" / "quickstart.toml")

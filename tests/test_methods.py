@@ -274,6 +274,7 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_the_rows_numbers():
     assert len(np.unique(noise.round(7), axis=0)) == 500  # no two tokens have the same
 
 
+@pytest.mark.slow
 def test_evaluations_and_answers_have_no_noise(batches):
     model = load_model(BUILTIN)[0]
     lora.attach(model, rank=2, scale=1.0, target_modules=["q_proj"])

@@ -71,6 +71,7 @@ def done(*arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_mlx_lms_adapter_answers_with_generate(made, theirs):
     said = done("generate", made, PROMPT, "--max-tokens", 20)
     model, tokenizer = theirs
@@ -80,6 +81,7 @@ def test_mlx_lms_adapter_answers_with_generate(made, theirs):
     assert said == mlx_lm.generate(model, tokenizer, chat, max_tokens=20) + "\n"
 
 
+@pytest.mark.slow
 def test_mlx_lms_adapter_is_fused(made, logits, tmp_path):
     assert "kept of the fine-tune  100.0 %" in done("fuse", made, "-o", tmp_path / "fused")
     fused, _ = mlx_lm.load(str(tmp_path / "fused"))
@@ -172,6 +174,7 @@ def test_an_adapter_without_a_base_asks_for_one_in_one_line(nameless, made, tmp_
     )
 
 
+@pytest.mark.slow
 def test_the_base_of_an_adapter_can_be_named(nameless, made):
     words = [PROMPT, "--max-tokens", 8]
     named = done("generate", nameless, "--model", "builtin:tiny-qwen", *words)

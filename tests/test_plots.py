@@ -54,6 +54,7 @@ def test_the_loss_plot_has_both_curves_and_the_best_step(tmp_path, figures):
     assert lines["best: 0.7 at step 20"] == ([20], [0.7])
 
 
+@pytest.mark.slow
 def test_many_log_lines_get_a_smoothed_curve_between_their_extremes(tmp_path, figures):
     records = [train_record(step, 1.0 + (step % 2)) for step in range(1, 101)]
     plots.loss_curve(tmp_path / "loss.png", records, None)
@@ -97,6 +98,7 @@ def test_runs_are_compared_by_training_and_validation_loss(tmp_path, figures):
     assert len(figures[1].axes) == 1
 
 
+@pytest.mark.slow
 def test_more_runs_than_colours_are_told_apart_by_line_and_marker(tmp_path, figures):
     plots.comparison(tmp_path / "compare.png", {str(n): users_run() for n in range(14)})
     looks = {

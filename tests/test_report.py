@@ -30,6 +30,11 @@ def test_the_users_table_is_there_digit_by_digit():
     assert ["30", "2.32", "0.7703", "0.410", "6.897e-5"] in rows
 
 
+def test_a_run_of_one_epoch_compares_its_halves():
+    text = " ".join(text_of(users_run(), epochs=1).split())
+    assert "% lower (first half to last; average" in text
+
+
 def test_everything_the_user_wrote_down_by_hand_is_there():
     text = " ".join(text_of(users_run(), steps=39, epochs=3.0).split())
     for part in (

@@ -2,7 +2,7 @@
 
 MLX's CPU backend adds a whole row, or a whole array, in a few fp32 accumulators: the mean of a
 million numbers is off by a thousandth, a softmax over 150,000 logits by nearly as much. Of a
-product with ones, 2e-6 of a softmax's sum is lost. Level by level, 2e-7 is.
+product with ones, 2e-6 of a softmax's sum is lost. Level by level, 1e-7 is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import mlx.core as mx
 
 from mlx_tuner.engine.exponential import exp
 
-PARTS = 32
+PARTS = 16
 """Numbers that are added one after the other."""
 
 
 def row_sums(x: mx.array) -> mx.array:
     """The sum of each row of (n, V), as (n, 1).
 
-    A row is cut into 32 parts, which are added, and so on with what that gives, so that few numbers
+    A row is cut into 16 parts, which are added, and so on with what that gives, so that few numbers
     are added to one that is much larger (pairwise summation, Higham 1993).
     """
     while x.shape[1] > PARTS:

@@ -163,7 +163,7 @@ def _table(
 
 
 def _tiles(summary: Summary) -> str:
-    tiles = [(f"{summary.last_epoch_loss:.4f}", "loss, last epoch")]
+    tiles = [(f"{summary.last_epoch_loss:.4f}", f"loss, last {story.span(summary)}")]
     if summary.best_val_loss is not None:
         tiles.append((f"{summary.best_val_loss:.4f}", f"best validation, step {summary.best_step}"))
     tiles += [

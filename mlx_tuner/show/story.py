@@ -64,6 +64,11 @@ def time_spent(summary: Summary) -> dict[str, float]:
     return {what: s for what, s in {**known, "other": rest}.items() if s >= 0.05}
 
 
+def span(summary: Summary) -> str:
+    """What the first loss, and the last, is the mean of."""
+    return "epoch" if summary.epochs >= 2 else "half"
+
+
 def numbers(summary: Summary) -> Iterator[tuple[str, str]]:
     """Loss, time, speed and memory by name; what ten times the rows would take."""
     reduction = summary.loss_reduction_percent
@@ -71,7 +76,8 @@ def numbers(summary: Summary) -> Iterator[tuple[str, str]]:
         "loss",
         f"{summary.first_epoch_loss:.4f} → {summary.last_epoch_loss:.4f}  "
         f"{abs(reduction):.1f} % {'lower' if reduction >= 0 else 'higher'}  "
-        f"(first epoch to last; average {summary.train_loss:.4f}, last {summary.final_loss:.4f})",
+        f"(first {span(summary)} to last; average {summary.train_loss:.4f}, "
+        f"last {summary.final_loss:.4f})",
     )
     if summary.best_val_loss is not None:
         base = "" if summary.base_val_loss is None else f"{summary.base_val_loss:.4f} → "
