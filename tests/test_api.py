@@ -47,6 +47,7 @@ def test_what_is_public_is_there_and_nothing_else() -> None:
         _ = mlx_tuner.train
 
 
+@pytest.mark.slow
 def test_a_run_gives_the_numbers_of_its_summary_and_its_path(finished, capfd) -> None:
     kept = json.loads((finished.run / "summary.json").read_text())
     assert finished.to_json() == {**kept, "run": str(finished.run)}
@@ -64,6 +65,7 @@ def test_nothing_is_shown_unless_it_is_asked_for(tmp_path: Path, capfd) -> None:
     assert "quickstart: 2 steps on 4 rows" in shown.err
 
 
+@pytest.mark.slow
 def test_an_answer_is_the_commands(finished) -> None:
     said = mlx_tuner.generate(finished.run, "Add two numbers.", max_tokens=8, system="Be brief.")
     arguments = ["generate", str(finished.run), "Add two numbers.", "--max-tokens", "8"]
@@ -71,6 +73,7 @@ def test_an_answer_is_the_commands(finished) -> None:
     assert said + "\n" == done.stdout
 
 
+@pytest.mark.slow
 def test_an_error_is_an_exception_with_the_commands_text(finished, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.toml"
     wrong.write_text('[model]\npath = "builtin:tiny-qwen"\n[lora]\nr = 8\n')

@@ -71,7 +71,7 @@ def fields_of(path):
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16"}))
+@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16", "q8_0"}))
 def test_the_reader_finds_the_fused_tensors(base, adapted, exported, dtype):
     made = exported(dtype)
     reader = gguf.GGUFReader(made.path)
@@ -95,7 +95,7 @@ def test_the_reader_finds_the_fused_tensors(base, adapted, exported, dtype):
     assert made.check.error < 0.1
 
 
-@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16"}))
+@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16", "q8_0"}))
 def test_a_file_that_does_not_hold_the_model_is_refused(
     base, adapted, tmp_path, display, dtype, monkeypatch
 ):
