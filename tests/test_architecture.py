@@ -321,6 +321,7 @@ def test_a_wrong_recipe_is_told_before_anything_heavy_is_loaded(tmp_path: Path) 
         assert not loaded_by(command, str(recipe), exit_code=2) & HEAVY
 
 
+@pytest.mark.slow
 def test_help_takes_less_than_three_tenths_of_a_second_of_cpu_time() -> None:
     def seconds() -> float:
         process = subprocess.Popen(

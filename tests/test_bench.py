@@ -204,6 +204,7 @@ def test_a_sweep_compares_with_nothing() -> None:
     assert "--sweep" in done.stderr
 
 
+@pytest.mark.slow
 def test_mlx_lms_trainer_runs_the_same_rows(micro: None, uncompiled: None) -> None:
     settings = Settings(model="micro", batch_size=2, rows=2, steps=1, quick=True, peer=True)
     with Display() as display:

@@ -348,6 +348,7 @@ def test_programs_are_run_only_where_that_is_allowed(run, tmp_path, monkeypatch)
     assert "allow it with --allow-code-execution" in result.stderr
 
 
+@pytest.mark.slow
 def test_tasks_are_answered_by_both_and_kept_a_line_a_task(run, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "tasks.jsonl", [TASK, {**TASK, "task_id": "t/1"}])
     sides = iter((["    return 1", "    return 2"], ["    return 2", "    return 2"]))

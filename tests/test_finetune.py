@@ -82,6 +82,7 @@ def finished(root, tmp_path_factory):
     return path, run_recipe(recipe_of(root), path)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_every_file_of_the_contract(finished):
     path, _ = finished
     files = {p.name for p in path.iterdir() if not p.name.startswith(".")}
@@ -108,6 +109,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
     }
 
 
+@pytest.mark.slow
 def test_prompts_are_answered_by_the_base_and_at_each_evaluation(finished):
     path, summary = finished
     samples = runs.read_samples(path)
@@ -120,6 +122,7 @@ def test_prompts_are_answered_by_the_base_and_at_each_evaluation(finished):
     assert all(s.answer[:40] in html.unescape((path / "report.html").read_text()) for s in samples)
 
 
+@pytest.mark.slow
 def test_metrics_come_at_the_recipes_intervals(finished):
     path, summary = finished
     records = runs.read_records(path)
@@ -137,6 +140,7 @@ def test_metrics_come_at_the_recipes_intervals(finished):
     assert (summary.best_step, summary.best_val_loss) == (best.step, best.val_loss)
 
 
+@pytest.mark.slow
 def test_metrics_and_summary_have_the_contracts_keys(finished):
     path, _ = finished
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -173,6 +177,7 @@ def test_the_resolved_recipe_runs_again_to_the_same_adapter(finished, tmp_path):
     assert_same_adapter(path, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_mlx_lm_loads_the_adapter_and_generates_the_same_tokens(finished, root):
     import mlx_lm
 
@@ -307,6 +312,7 @@ def test_a_run_whose_files_have_moved_is_the_same_run(finished, root, tmp_path):
         run_recipe(recipe, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_resuming_with_another_recipe_names_what_differs(finished, root):
     path, _ = finished
     with pytest.raises(RecipeError) as error:
@@ -392,6 +398,7 @@ def test_a_finished_run_goes_on_with_more_epochs_where_that_is_allowed(finished,
     assert (summary.steps, summary.status) == (12, "finished")
 
 
+@pytest.mark.slow
 def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, tmp_path):
     path, _ = finished
     with pytest.raises(RunError, match="no run to resume"):
@@ -473,6 +480,7 @@ def test_evaluations_come_twice_an_epoch_unless_the_recipe_says_otherwise(root, 
     assert assembly.eval_every(recipe_of(root, text, train__eval_every=7), rows) == 7
 
 
+@pytest.mark.slow
 def test_a_runs_template_variables_are_those_of_its_answers(finished, tmp_path):
     path, _ = finished
     shutil.copytree(path, tmp_path / "run")
