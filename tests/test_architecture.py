@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 import mlx_tuner
 
 PACKAGE = Path(mlx_tuner.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
@@ -287,10 +287,10 @@ def loaded_by(*arguments: str, exit_code: int) -> set[str]:
     """The top-level modules that a command has imported when it ends."""
     code = (
         "import json, sys\n"
-        "from mlx_tuner.__main__ import start\n"
-        "try: start()\n"
+        "from mlx_tuner.cli import main\n"
+        "try: main()\n"
         "except SystemExit as end: code = end.code\n"
-        "names = {name.split('.')[0] for name, found in sys.modules.items() if found}\n"
+        "names = {name.split('.')[0] for name in sys.modules}\n"
         "print(json.dumps([code or 0, sorted(names)]), file=sys.__stderr__)\n"
     )
     done = subprocess.run(
@@ -306,11 +306,27 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded_by(*arguments, exit_code=0) & (HEAVY | {"pydantic", "rich"})
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-def test_torch_is_not_loaded_though_transformers_would() -> None:
-    loaded = loaded_by("generate", "builtin:tiny-qwen", "x", "--max-tokens", "1", exit_code=0)
-    assert "transformers" in loaded
-    assert "torch" not in loaded
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "builtin:tiny-qwen", "x", "--max-tokens", "1"],
+        ["run", ROOT / "recipes" / "quickstart.toml", "--run-dir=run", "--set=data.limit=1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_torch_is_not_loaded_where_transformers_would(arguments: list[str], tmp_path: Path) -> None:
+    """Nor in the child that `run` trains in."""
+    (tmp_path / "torch").mkdir()
+    loaded = tmp_path / "loaded"
+    (tmp_path / "torch" / "__init__.py").write_text(f"open({str(loaded)!r}, 'w').close()\n")
+    known = tmp_path / "torch-2.13.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "mlx_tuner", *arguments]
+    subprocess.run(command, cwd=tmp_path, env=environ, check=True, capture_output=True)
+    assert not loaded.exists()
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ SLOWEST = 6.0
 PATIENCE_OF_RANKS, SLOWEST_OF_RANKS = 45.0, 4.0
 """The same where several machines wait for one another, and would for ever."""
 _KEPT_BYTES = 64_000
-_CHILD = "import sys; sys.path[:] = {path!r}; from mlx_tuner.cli import main; main()"
+_CHILD = "import sys; sys.path[:] = {path!r}; from mlx_tuner.__main__ import start; start()"
 
 
 def supervise(
