@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,14 +162,13 @@ def evaluate(
     with device.limits():
         factors = trainer.state.parameters
         # With factors of zero an adapter adds zero: the base model itself, to the bit.
-        trainer.state = State.start(mx.zeros_like(factors))
-        base = exam.taken("base", trainer)
-        if programs:  # half of what may take an hour
-            _keep_outcomes(programs.results or source / TASKS, to_do, base=base)
-        trainer.state = State.start(factors)
-        tuned = exam.taken("tuned", trainer)
-        if programs:
-            _keep_outcomes(programs.results or source / TASKS, to_do, base=base, tuned=tuned)
+        sides: dict[str, _Taken] = {}
+        for name, state in (("base", mx.zeros_like(factors)), ("tuned", factors)):
+            trainer.state = State.start(state)
+            sides[name] = exam.taken(name, trainer)
+            if programs:  # a side may take an hour
+                _keep_outcomes(programs.results or source / TASKS, to_do, sides)
+    base, tuned = sides["base"], sides["tuned"]
     differences = [t - b for b, t in zip(base.losses, tuned.losses, strict=True)]
     own = [len(tokenizer.encode(q.answer, add_special_tokens=False)) for q in asked]
     return Evaluation(
@@ -303,7 +302,7 @@ def _side(taken: _Taken, asked: Sequence[Question]) -> Side:
     )
 
 
-def _keep_outcomes(path: Path, to_do: Sequence[tasks.Task], **sides: _Taken) -> None:
+def _keep_outcomes(path: Path, to_do: Sequence[tasks.Task], sides: Mapping[str, _Taken]) -> None:
     """Write a line for each task: what each side answered, and how the program ended."""
     lines = ""
     for i, task in enumerate(to_do):
