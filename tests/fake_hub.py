@@ -61,6 +61,7 @@ class FakeHub:
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body sent after its header would wait for an answer
 
     def log_message(self, *_: object) -> None:
         pass

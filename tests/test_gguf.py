@@ -95,7 +95,8 @@ def test_the_reader_finds_the_fused_tensors(base, adapted, exported, dtype):
     assert made.check.error < 0.1
 
 
-@pytest.mark.parametrize("dtype", some_slow(ROUNDING, {"f32", "bf16", "q8_0"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_a_file_that_does_not_hold_the_model_is_refused(
     base, adapted, tmp_path, display, dtype, monkeypatch
 ):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from launched import environments
-from marks import some_slow
 from test_supervisor import parent, state, wait_for
 
 from mlx_tuner.errors import UsageError
@@ -89,7 +88,8 @@ def test_one_rank_holds_the_folder_and_is_given_back_to_nobody_else(tmp_path: Pa
     assert end(start(tmp_path, script)) == ([0] * 3, [[]] * 3)
 
 
-@pytest.mark.parametrize("rank", some_slow([0, 2], {2}))
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_dies_ends_all_of_them(tmp_path: Path, rank: int) -> None:
     script = f"own.saved(1)\nif rank == {rank}: step(); os.kill(os.getpid(), signal.SIGKILL)"
     why = f"training on {{host}} (rank {rank}) died: the system killed it, most likely for memory"

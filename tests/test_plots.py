@@ -76,6 +76,7 @@ def test_epochs_are_marked_where_they_end(tmp_path, figures):
     assert len(figures[1].axes[0].texts) <= 8
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_plot_has_the_learning_rate_on_its_own_axis(tmp_path, figures):
     plots.grad_norm_curve(tmp_path / "grad_norm.png", users_run())
     assert png_size(tmp_path / "grad_norm.png") == (1350, 750)

@@ -114,7 +114,7 @@ def _word_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
     except re.error:
         return None
     # Any other way of splitting or normalising shows on text with all ASCII characters in it.
-    probe = "".join(random.Random(0).choices([chr(code) for code in range(128)], k=8_000))
+    probe = "".join(random.Random(0).choices([chr(code) for code in range(128)], k=2_000))
     normalizer = backend.normalizer
     if normalizer is not None and normalizer.normalize_str(probe) != probe:
         return None
