@@ -20,7 +20,7 @@ for number, default in (
 ):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, default)
-# Tests have a Hub of their own; huggingface-hub reads this once, when it is imported.
+# Programs that tests start have a Hub of their own.
 os.environ.pop("HF_HUB_OFFLINE", None)
 
 # On a busy machine any example can take longer than hypothesis's 200 ms.

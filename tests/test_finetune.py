@@ -467,7 +467,13 @@ def test_rows_that_turn_out_unusable_are_left_out_of_their_steps_counted_and_nam
     left_out = [json.loads(line) for line in quarantine.splitlines()]
     assert [row["line"] for row in left_out] == [6, 7]
     assert left_out[0]["reason"].startswith("no target tokens within data.max_seq_length = 256")
-    assert "2 rows left out of their steps: see quarantine.jsonl" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "2 rows left out of their steps: see quarantine.jsonl" in shown
+    assert shown.count("no rows: all of them were left out") == 2
+    assert "nan" not in shown
+    assert summary.nonfinite_steps == 0
+    assert summary.data_notes == ["2 rows left out: 2 without a target"]
+    assert summary.data_notes[0] in (tmp_path / "run" / "report.html").read_text()
     trained = [r for r in runs.read_records(tmp_path / "run") if isinstance(r, TrainRecord)]
     assert [r.rows for r in trained] == [1] * 5 + [0] * 2 + [1] * 4
     assert math.isfinite(summary.train_loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,23 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PrivateAttr
 
-from mlx_tuner.runs.metrics import Figures, Number, TrainRecord
+from mlx_tuner.runs.metrics import Steps, TrainRecord
 
 if TYPE_CHECKING:
     from mlx_tuner.engine.trainer import StepResult
 
 
-class Meter(Figures, frozen=False):
+class Meter(Steps, frozen=False):
     """Adds up steps until they are logged; what it has then is all that a checkpoint must keep."""
 
-    losses: list[Number] = Field(default_factory=list)
-    grad_norms: list[Number] = Field(default_factory=list)
-    learning_rate: Number = math.nan
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    trained_tokens: int = 0
-    """Of the whole run."""
     other_seconds: dict[str, float] = Field(default_factory=dict)
     """Of the whole run, by what they went to."""
     earlier_seconds: float = 0.0
@@ -49,6 +40,7 @@ class Meter(Figures, frozen=False):
         """Take in one optimizer step."""
         self.losses.append(_rounded(result.loss))
         self.grad_norms.append(_rounded(result.grad_norm))
+        self.nonfinite_steps += not result.finite
         self.learning_rate = result.learning_rate
         self.rows += result.rows
         self.tokens += result.tokens
@@ -63,19 +55,13 @@ class Meter(Figures, frozen=False):
         made = TrainRecord(
             step=step,
             epoch=epoch,
-            losses=self.losses,
-            grad_norms=self.grad_norms,
-            learning_rate=self.learning_rate,
-            rows=self.rows,
-            tokens=self.tokens,
-            seconds=self.seconds,
-            trained_tokens=self.trained_tokens,
+            **self.model_dump(include=set(Steps.model_fields)),
             memory_gb=memory_gb,
             peak_memory_gb=peak_memory_gb,
             elapsed_seconds=self.elapsed_seconds,
             restarts=restarts,
         )
-        self.losses, self.grad_norms = [], []
+        self.losses, self.grad_norms, self.nonfinite_steps = [], [], 0
         self.rows, self.tokens, self.seconds = 0, 0, 0.0
         return made
 

@@ -46,27 +46,40 @@ class Figures(BaseModel):
             raise ValueError(f"{place}: {first['msg']}") from None
 
 
-class TrainRecord(Figures):
-    """A log line: the steps since the one before."""
+class Line(Figures):
+    """What every line of `metrics.jsonl` has."""
 
-    event: Literal["train"] = "train"
+    event: str
     step: int
     """Optimizer steps finished."""
     epoch: Number
     """Rows consumed / rows an epoch."""
-    losses: list[Number]
-    """Of each step, the mean over its target tokens."""
-    grad_norms: list[Number]
+
+
+class Steps(Figures):
+    """What some optimizer steps add up to."""
+
+    losses: list[Number] = []
+    """Of each step, the mean over its target tokens; NaN where all of its rows were left out."""
+    grad_norms: list[Number] = []
     """Of each step, the global L2 norm before clipping."""
-    learning_rate: Number
+    nonfinite_steps: int = 0
+    """Those whose loss or gradient was not finite, and which changed nothing."""
+    learning_rate: Number = math.nan
     """The one that the last step used."""
-    rows: int
-    tokens: int
+    rows: int = 0
+    tokens: int = 0
     """All of the rows', prompts included, padding not."""
-    seconds: Number
+    seconds: Number = 0.0
     """Of the steps alone."""
-    trained_tokens: int
+    trained_tokens: int = 0
     """Target tokens since the start of the run."""
+
+
+class TrainRecord(Steps, Line):
+    """A log line: the steps since the one before."""
+
+    event: Literal["train"] = "train"
     memory_gb: Number
     """Active and cached at this moment, 10⁹ bytes."""
     peak_memory_gb: Number
@@ -79,7 +92,7 @@ class TrainRecord(Figures):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def loss(self) -> float:
-        """Mean over the steps. One that was not finite changed nothing, and has no part in it."""
+        """Mean over the steps that changed something."""
         return mean(self.finite_losses)
 
     @property
@@ -97,20 +110,18 @@ class TrainRecord(Figures):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def samples_per_second(self) -> float:
-        return rate(self.rows, self.seconds)
+        return ratio(self.rows, self.seconds)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_per_second(self) -> float:
-        return rate(self.tokens, self.seconds)
+        return ratio(self.tokens, self.seconds)
 
 
-class EvalRecord(Figures):
+class EvalRecord(Line):
     """An evaluation on the validation rows. Step 0 is the base model."""
 
     event: Literal["eval"] = "eval"
-    step: int
-    epoch: Number
     val_loss: Number
     """Mean over all target tokens of the validation rows."""
 
@@ -240,7 +251,7 @@ class Summary(Facts):
     trained_tokens: int
     """Target tokens."""
     tokenized_rows_per_second: float | None
-    """None where rows came from an earlier run's work."""
+    """None where only the run's records are known."""
     peak_memory_gb: Number
     """10⁹ bytes."""
     nonfinite_steps: int
@@ -262,27 +273,27 @@ class Summary(Facts):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def samples_per_second(self) -> float:
-        return rate(self.trained_rows, self.training_seconds)
+        return ratio(self.trained_rows, self.training_seconds)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def steps_per_second(self) -> float:
-        return rate(self.steps, self.training_seconds)
+        return ratio(self.steps, self.training_seconds)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_per_second(self) -> float:
-        return rate(self.tokens, self.training_seconds)
+        return ratio(self.tokens, self.training_seconds)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def seconds_per_step(self) -> float:
-        return rate(self.training_seconds, self.steps)
+        return ratio(self.training_seconds, self.steps)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def seconds_per_epoch(self) -> float:
-        return rate(self.training_seconds * self.rows, self.trained_rows)
+        return ratio(self.training_seconds * self.rows, self.trained_rows)
 
 
 def summarise(
@@ -331,12 +342,12 @@ def summarise(
         trained_tokens=train[-1].trained_tokens if train else 0,
         tokenized_rows_per_second=tokenized_rows_per_second,
         peak_memory_gb=max((record.peak_memory_gb for record in train), default=0.0),
-        nonfinite_steps=steps - len(finite),
+        nonfinite_steps=sum(record.nonfinite_steps for record in train),
         restarts=restarts,
     )
 
 
-def rate(amount: float, per: float) -> float:
+def ratio(amount: float, per: float) -> float:
     """amount / per; 0 where `per` is 0, as by a clock that stands still."""
     return amount / per if per > 0 else 0.0
 

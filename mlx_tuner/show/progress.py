@@ -119,7 +119,9 @@ class Display:
         line = Text.assemble(
             (f"step {record.step:,}{total}", "bold"), f"  epoch {record.epoch:.2f}"
         )
-        if isinstance(record, TrainRecord):
+        if isinstance(record, TrainRecord) and not record.rows:
+            line.append("  no rows: all of them were left out")
+        elif isinstance(record, TrainRecord):
             line.append(f"  loss {record.loss:.4f}", "cyan")
             line.append(f"  grad norm {record.grad_norm:.3f}")
             line.append(f"  LR {scientific(record.learning_rate)}")

@@ -21,7 +21,7 @@ SHORT_SECONDS = 5.0
 
 
 class Reporter:
-    """What happens in a run is told once, to this.
+    """Passes what happens in a run on to its files, the terminal, plots and trackers.
 
     Args:
         recipe: its TOML, for the page.
@@ -33,7 +33,6 @@ class Reporter:
     def __init__(
         self,
         run: Run,
-        facts: Facts,
         display: Display,
         *,
         recipe: str,
@@ -41,7 +40,7 @@ class Reporter:
         trackers: Sequence[str],
         run_id: str,
     ) -> None:
-        self._run, self._facts, self._display, self._recipe = run, facts, display, recipe
+        self._run, self._display, self._recipe = run, display, recipe
         keys = {f"{name}.{key}": v for name, table in config.items() for key, v in table.items()}
         self._trackers = Trackers(trackers, run.path, run_id, keys, display.note)
 
@@ -56,28 +55,28 @@ class Reporter:
         self._run.append_sample(sample)
         self._display.sample(sample)
 
-    def refresh(self, meter: Meter, **more: Any) -> None:
+    def refresh(self, facts: Facts, meter: Meter, **more: Any) -> None:
         """Draw a run that goes on, if that has not taken too much of its time already."""
         seconds, drawing = meter.elapsed_seconds, meter.other_seconds.get("drawing", 0.0)
         if seconds > SHORT_SECONDS and drawing <= DRAWING_SHARE * seconds:
-            self._draw(RUNNING, meter, more)
+            self._draw(RUNNING, facts, meter, more)
 
-    def end(self, status: str, meter: Meter, **more: Any) -> Summary:
+    def end(self, status: str, facts: Facts, meter: Meter, **more: Any) -> Summary:
         """Draw a run that has ended, and keep its summary.
 
         Args:
             more: `summarise` is told this too.
         """
-        summary = self._draw(status, meter, more)
+        summary = self._draw(status, facts, meter, more)
         self._run.write_summary(summary)
         self._trackers.end(summary)
         return summary
 
-    def _draw(self, status: str, meter: Meter, more: Mapping[str, Any]) -> Summary:
+    def _draw(self, status: str, facts: Facts, meter: Meter, more: Mapping[str, Any]) -> Summary:
         path = self._run.path
         records = read_records(path)
         summary = summarise(
-            self._facts,
+            facts,
             records,
             status=status,
             runtime_seconds=meter.elapsed_seconds,

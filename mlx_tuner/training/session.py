@@ -230,7 +230,6 @@ class Session:
     def _reporter(self) -> Reporter:
         return Reporter(
             self.run,
-            self._facts,
             self.display,
             recipe=self.recipe.to_toml(),
             config=self.recipe.plain_tables(),
@@ -260,6 +259,11 @@ class Session:
         )
 
     @property
+    def _facts_now(self) -> Facts:
+        """The same, with the rows that were left out since."""
+        return self._facts.model_copy(update={"data_notes": self.data.train.notes})
+
+    @property
     def _epoch(self) -> float:
         rows, batch_size = len(self.data.train), self.recipe.train.batch_size
         return schedule.epoch_at(self.progress.step, rows, batch_size)
@@ -279,7 +283,7 @@ class Session:
         self._evaluate()
         self._answer()
         if self.progress.step and self.trainer.ranks.leads:
-            self._reporter.refresh(self.progress.meter, **self._speeds)
+            self._reporter.refresh(self._facts_now, self.progress.meter, **self._speeds)
 
     def _evaluate(self) -> None:
         """Measure the validation loss."""
@@ -380,7 +384,7 @@ class Session:
             self._log()
         if not self.trainer.ranks.leads:
             return self._told(None)
-        return self._told(self._reporter.end(status, meter, **self._speeds))
+        return self._told(self._reporter.end(status, self._facts_now, meter, **self._speeds))
 
     def _told(self, summary: Summary | None) -> Summary:
         """Rank 0's summary, for which the others wait."""
