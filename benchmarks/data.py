@@ -4,8 +4,8 @@
     python benchmarks/data.py --part start --rows 2000000
 
 CodeAlpaca rows and the real tokenizer from ../shared. "tokenise": rows a second from JSON lines to
-tokens and masks, each with a tokenizer of its own that is loaded before, in turns in one process,
-after a check that the tokens are the same. "start": from opening a file of many rows to the first
+tokens and masks, with and without our cache of words and mlx-lm's, each with a tokenizer of its own
+that is loaded before, in turns in one process, after a check that the tokens are the same. "start": from opening a file of many rows to the first
 step's tokens, each way in a process of its own; `grown_mb` is the peak of resident memory above
 what libraries and tokenizer take.
 """
@@ -22,12 +22,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from harness import child, interleave, options, report, save, table
 from mlx_lm import tokenizer_utils
 from shared import shared
 
 from mlx_tuner.bench.measure import Measures
+from mlx_tuner.data import text_encoder
 from mlx_tuner.data.dataset import open_dataset
 from mlx_tuner.data.encode import Encoder
 from mlx_tuner.data.order import shuffled
@@ -79,10 +81,16 @@ def tokenise(args: argparse.Namespace) -> None:
 
         # A new one each time: it remembers words.
         encoder = partial(Encoder, tokenizer, max_seq_length=2048)
+
+        def without_words() -> Encoder:
+            with patch.object(text_encoder, "_word_pattern", lambda backend: None):
+                return encoder()
+
         same = [(one.tokens.tolist(), int(one.loss_mask.argmax())) for one in ours(encoder())]
         assert same == mlx_lm(theirs), "the two do not give the same tokens and first targets"
         variants = {
             "ours": timed(encoder, ours, len(rows)),
+            "ours, each text whole": timed(without_words, ours, len(rows)),
             "mlx-lm": timed(lambda: theirs, mlx_lm, len(rows)),
         }
         runs = interleave(variants, repeats=args.repeats)

@@ -30,8 +30,8 @@ BELOW = {
     "engine": {"errors"},
     "data": {"engine", "errors", "system", "words"},
     "models": {"engine", "errors", "system", "words"},
-    "runs": {"engine", "errors", "recipe", "system", "words"},
-    "show": {"engine", "errors", "recipe", "runs", "system", "words"},
+    "runs": {"engine", "errors", "system"},
+    "show": {"engine", "errors", "runs", "system", "words"},
     "training": {"data", "engine", "errors", "models", "recipe", "runs", "show", "system", "words"},
 }
 """What each of these rooms may import of ours, beside itself; those above import what they need."""

@@ -144,8 +144,9 @@ def test_the_metadata_is_what_llama_cpp_asks_for(base, exported):
 
 
 @pytest.mark.slow
-def test_scaled_positions_the_base_and_the_system_prompt_are_written(tmp_path, display):
-    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_scaled_positions_the_base_and_the_system_prompt_are_written(tmp_path, display, kind):
+    scaling = {"type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
     base = write_model(tmp_path / "base", num_hidden_layers=1, rope_scaling=scaling)
     run = tmp_path / "run"
     adapter = make_adapter(load_model(base)[0], base)
@@ -155,7 +156,7 @@ def test_scaled_positions_the_base_and_the_system_prompt_are_written(tmp_path, d
     (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
     made = export_gguf(run, tmp_path / "out" / "model.gguf", display, model=str(base))
     expected = {
-        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.type": kind,
         "qwen2.rope.scaling.factor": 4.0,
         "qwen2.rope.scaling.original_context_length": 128,
         "general.base_model.count": 1,

@@ -1,38 +1,10 @@
-"""interrupt.py: code that takes too long is stopped, and signals wait for the end of a block."""
+"""interrupt.py: signals wait for the end of a block, or go to a child."""
 
 import os
 import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
-from mlx_tuner.system.interrupt import TookTooLong, deferred, time_limit
-
-
-def loop_for_ever():
-    with time_limit(0.05):
-        while True:
-            try:
-                time.sleep(0.001)
-            except Exception:
-                continue
-
-
-def test_a_block_that_does_not_end_is_stopped_in_whichever_thread_it_runs():
-    with pytest.raises(TookTooLong):
-        loop_for_ever()
-    with ThreadPoolExecutor() as pool, pytest.raises(TookTooLong):
-        pool.submit(loop_for_ever).result(timeout=60)
-
-
-def test_a_block_that_ends_in_time_is_not_interrupted_later():
-    before = threading.active_count()
-    with time_limit(0.05):
-        pass
-    time.sleep(0.2)
-    assert threading.active_count() == before
+from mlx_tuner.system.interrupt import SIGNALS, Relay, deferred
 
 
 def test_signals_wait_for_the_end_of_a_block_and_do_then_what_they_did_before():
@@ -60,3 +32,14 @@ def test_what_is_ignored_as_under_nohup_stays_ignored():
         assert interrupt.received is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_relay_leaves_the_signals_as_they_were():
+    numbers = (*SIGNALS, signal.SIGTSTP)
+    before = [signal.getsignal(number) for number in numbers]
+    with Relay() as relay:
+        assert not set(before) & {signal.getsignal(number) for number in numbers}
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert relay.signal == signal.SIGTERM
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -39,8 +39,6 @@ from mlx_tuner.show.story import PEFT_BASELINE
 from mlx_tuner.system import cache, device, files
 from mlx_tuner.system.device import Machine
 
-RESULTS = Path("benchmarks") / "results"
-"""Of a clone of the repository, from where the README's tables are made."""
 PROJECTED_ROWS, PROJECTED_EPOCHS = (100, 1_000, 20_000), 3
 
 Result = Mapping[str, Any]
@@ -248,11 +246,6 @@ def _plain(spreads: Mapping[str, Spread]) -> dict[str, dict[str, float]]:
     return {key: spread.to_json() for key, spread in spreads.items()}
 
 
-def results_folder() -> Path:
-    """Where results are kept: see `save`."""
-    return RESULTS if RESULTS.is_dir() else cache.user_folder() / "bench"
-
-
 def save(found: Result, name: str | None) -> Path:
     """Write a result to ``benchmarks/results/NAME.json``, a sweep's heat map beside it.
 
@@ -265,9 +258,8 @@ def save(found: Result, name: str | None) -> Path:
     work = found["workload"]
     bits = f"-{work['quantize']}bit" if work["quantize"] else ""
     default = f"{found['benchmark']}-{found['machine']['chip']}-{work['model']}{bits}"
-    path = (
-        results_folder() / f"{name or re.sub('[^a-z0-9.]+', '-', default.lower()).strip('-.')}.json"
-    )
+    name = name or re.sub("[^a-z0-9.]+", "-", default.lower()).strip("-.")
+    path = cache.results_folder() / f"{name}.json"
     files.write_json(path, found)
     if found["benchmark"] == "sweep":
         from mlx_tuner.bench.sweep import draw

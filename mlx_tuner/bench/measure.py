@@ -79,5 +79,5 @@ def spreads(runs: Sequence[Measures]) -> dict[str, Spread]:
 
 
 def ratio(runs: Sequence[Measures], baseline: Sequence[Measures], key: str) -> Spread:
-    """Figure `key` over the baseline's, turn by turn: runs of the same turn share the weather."""
+    """Figure `key` over the baseline's, turn by turn: those of a turn share what else went on."""
     return Spread.of([ours[key] / theirs[key] for ours, theirs in zip(runs, baseline, strict=True)])

@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_tuner.bench.bench import Result, results_folder
+from mlx_tuner.bench.bench import Result
 from mlx_tuner.bench.measure import SCHEMA_VERSION, Spread
 from mlx_tuner.engine.ranks import Ranks
-from mlx_tuner.system import device, files
+from mlx_tuner.system import cache, device, files
 
 SIZES = (4_000, 400_000, 4_000_000, 16_000_000, 64_000_000)
 """Bytes: 16 MB are the gradient of the baseline's adapter in fp32."""
@@ -75,6 +75,6 @@ def report(found: Mapping[str, Any]) -> str:
 def save(found: Result) -> str:
     """Write the result where `mlx-tune plan --machines` finds it; its path."""
     settings = found["settings"]
-    path = results_folder() / f"links-{settings['link']}-{settings['ranks']}.json"
+    path = cache.results_folder() / f"links-{settings['link']}-{settings['ranks']}.json"
     files.write_json(path, found)
     return str(path)

@@ -51,7 +51,7 @@ def forward_pass(trainer: Trainer, batches: Sequence[Sequence[Example]]) -> Meas
 
 
 def peer_pass(peer: MlxLmTrainer, batches: Sequence[Sequence[Example]]) -> Measures:
-    """Speed and peak memory of mlx-lm's trainer, and what it computes a token of the rows."""
+    """Speed and peak memory of mlx-lm's trainer, and the tokens that it computes for each one."""
     mx.reset_peak_memory()
     start = time.perf_counter()
     computed = sum(peer.step(rows)[1] for rows in batches)

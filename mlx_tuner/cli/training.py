@@ -90,7 +90,18 @@ def run(
         sys.exit(code)
     here = launch.launched(os.environ)
     try:
-        _train(recipe, overrides, run_dir, own, here, resume, allow_change, force, quiet, as_json)
+        _train(
+            recipe,
+            overrides,
+            run_dir,
+            own,
+            here,
+            resume=resume,
+            allow_change=allow_change,
+            force=force,
+            quiet=quiet,
+            as_json=as_json,
+        )
     except TunerError as error:
         if here is None or here.rank == 0:
             raise
@@ -116,13 +127,14 @@ def _train(
     run_dir: Path,
     own: pulse.Pulse,
     here: launch.Launch | None,
+    *,
     resume: bool,
     allow_change: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """What the child does."""
+    """Train, in the child process."""
     from mlx_tuner.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)

@@ -1,4 +1,4 @@
-"""Runs side by side: their facts from what they left, as a Markdown table and as JSON."""
+"""Runs side by side, by their summaries and records: as a Markdown table and as JSON."""
 
 from __future__ import annotations
 

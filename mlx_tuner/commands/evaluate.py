@@ -204,11 +204,11 @@ def _load(
     return Trainer(loaded.model, micro_batch_tokens=micro, backend=assembly.backend())
 
 
-# ---- what both models are put to -----------------------------------------------------------------
+# ---- the evaluation of one model -----------------------------------------------------------------
 
 
 class _Taken(NamedTuple):
-    """What one of the models made of it."""
+    """One model's results."""
 
     losses: list[float]
     """Of each row, the sum over its target tokens."""
@@ -236,7 +236,7 @@ class _Exam:
     display: Display
 
     def taken(self, name: str, trainer: Trainer) -> _Taken:
-        """Put the trainer's model, as it is now, to all of it."""
+        """Measure the trainer's model, as it is now, on all of them."""
         losses: list[float] = []
         targets: list[int] = []
         if self.rows:

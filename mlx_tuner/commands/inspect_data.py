@@ -39,7 +39,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """One file's rows: tokens as they are trained on, lengths as they are written."""
+    """One file's rows: tokens after truncation, lengths before it."""
 
     dataset: Dataset
     """All of the file, surveyed to its end."""

@@ -14,7 +14,7 @@ _Z = 1.959964
 
 
 class Interval(Figures):
-    """A figure, and where it lies with a confidence of 95 %."""
+    """A figure with its 95 % confidence interval."""
 
     value: Number
     low: Number

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlx_tuner.engine.ranks import shares
 from mlx_tuner.system import cache
@@ -45,15 +43,12 @@ LINKS = {
 
 def measured(name: str) -> Link:
     """The link of that name as `mlx-tune bench --ranks` has found it, else as `LINKS` has it."""
-    folders = (Path("benchmarks/results"), cache.user_folder() / "bench")
-    paths = (path for folder in folders for path in folder.glob("links-*.json"))
-    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
+    for file, found in cache.results("links-*.json"):
         try:
-            found = json.loads(path.read_text("utf-8"))
             if found["benchmark"] == "links" and found["link"]["name"] == name:
                 speed, seconds = found["link"]["bytes_per_second"], found["link"]["seconds"]
-                return Link(float(speed), float(seconds), f"by `mlx-tune bench`, {path.name}")
-        except (OSError, ValueError, KeyError, TypeError):
+                return Link(float(speed), float(seconds), f"by `mlx-tune bench`, {file}")
+        except (ValueError, KeyError, TypeError):
             continue
     return LINKS[name]
 

@@ -31,7 +31,7 @@ class Plan:
     """Of an epoch, as they are in the rows."""
     target_tokens: int
     is_counted: bool
-    """Whether all rows were encoded for these two, or the first ones and the rest is estimated."""
+    """Whether all rows were encoded for these two; else they are estimated from the first ones."""
     trainable_parameters: int
     total_parameters: int
     steps: int
@@ -42,7 +42,7 @@ class Plan:
     shared_prefix: int
     """Tokens that all rows begin with, which a step computes once."""
     padding_avoided: float
-    """Part of a step's tokens that rows padded to the longest would add to it, on average."""
+    """Tokens that padding rows to their step's longest would add, as a part of the rows' own."""
     memory_gb: dict[str, float]
     """Of a step at its peak, by what it is for: an estimate, in 10⁹ bytes."""
     peak_memory_gb: float

@@ -1,9 +1,9 @@
 """Limits the process of a program that a model wrote, before the program begins.
 
-`tasks` puts this text before the program's and runs both with `python -I -`. Time, memory, the
-size of files and the number of processes are the kernel's limits; reading and writing of files,
-the network, and other processes are refused by an audit hook, which cannot be taken off again.
-That keeps accidents in; it is no prison for a program that is written to break out.
+`tasks` puts this text before the program's and runs both with `python -I -`. The kernel limits
+time, the size of files and, on Linux, memory; an audit hook, which cannot be taken off again,
+refuses files, the network and other processes. That keeps accidents in; it is no prison for a
+program that is written to break out.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Whether a model that was made answers as what it was made from: converted, or fused."""
+"""Compares the logits of a model that was converted or fused with its source's."""
 
 from __future__ import annotations
 

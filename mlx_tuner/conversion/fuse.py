@@ -1,4 +1,4 @@
-"""An adapter merged into its base, and compared with the adapter before it is called done."""
+"""Merges an adapter into its base, and compares the result with the adapter on its base."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mlx_tuner import __version__
 from mlx_tuner.conversion.fidelity import ROWS, Fidelity, Rows, compare, fixed_rows, require_kept
 from mlx_tuner.conversion.logits import load_in_float32
 from mlx_tuner.conversion.work import CARD, DROPPED, Work, card_table, quantise, require_outside
+from mlx_tuner.data.encode import END
 from mlx_tuner.engine import lora
 from mlx_tuner.errors import Fault, ModelError, TunerError
 from mlx_tuner.models.adapter import Adapter, apply, named_as_in
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from mlx_tuner.runs.metrics import Summary
     from mlx_tuner.show.progress import Display
 
-TURN_END = "<|im_end|>"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -198,7 +198,7 @@ def _write_end_tokens(base: ModelFiles, folder: Path) -> None:
         ends += listed if isinstance(listed, list) else [listed]
     ends += sorted(tokenizer.eos_token_ids)
     if tokenizer.has_chat_template:
-        ends.append(tokenizer.get_vocab().get(TURN_END))
+        ends.append(tokenizer.get_vocab().get(END))
     unique = list(dict.fromkeys(end for end in ends if end is not None))
     files.write_json(path, settings | {"eos_token_id": unique})
 

@@ -74,7 +74,7 @@ class Names:
         return self._by_turns(value.T, self._args.linear_value_head_dim).T
 
     def _by_turns(self, value: mx.array, size: int) -> mx.array:
-        """Value heads of `size` rows: from key head by key head to one of each key head in turn."""
+        """Reorder value heads of `size` rows: grouped by key head, to one of each in turn."""
         heads = self._args.linear_num_key_heads
         parts = value.reshape(heads, -1, size, *value.shape[1:])
         return parts.swapaxes(0, 1).reshape(value.shape)

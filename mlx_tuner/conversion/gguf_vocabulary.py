@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from mlx_tuner.conversion.fuse import TURN_END
+from mlx_tuner.data.encode import END
 from mlx_tuner.errors import Fault, ModelError
 
 _SPLITS = {
@@ -61,7 +61,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int, folder: Pa
 def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, tokens: list[str]) -> None:
     """Write which tokens end a turn or a text, and the chat template."""
     chats = tokenizer.chat_template
-    end = tokens.index(TURN_END) if chats and TURN_END in tokens else None
+    end = tokens.index(END) if chats and END in tokens else None
     if end is not None:
         writer.add_eot_token_id(end)
     writer.add_eos_token_id(tokenizer.eos_token_id if end is None else end)

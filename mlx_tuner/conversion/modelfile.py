@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_tuner.conversion.fuse import TURN_END, recipe_of
+from mlx_tuner.conversion.fuse import recipe_of
+from mlx_tuner.data.encode import END
 from mlx_tuner.errors import Fault, ModelError
 
 _CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
@@ -38,7 +39,7 @@ def modelfile(name: str, tokenizer: Any, source: Path) -> str:
                     what = 'holds """ or ends in a quote, which would end it in a Modelfile early'
                     raise ModelError(Fault(str(source), "system prompt", f"{what}; change it"))
                 lines += [f'SYSTEM """{system}"""']
-        lines += [f'PARAMETER stop "{TURN_END}"']
+        lines += [f'PARAMETER stop "{END}"']
     if not tokenizer.eos_token.isprintable() or '"' in tokenizer.eos_token:
         what = f"{tokenizer.eos_token!r} cannot be written into a Modelfile"
         raise ModelError(Fault(str(source), "eos_token", what))

@@ -1,4 +1,4 @@
-"""A model's new folder: its config, its weights one tensor in memory at a time, and the rest."""
+"""Writes a model's folder: weights one tensor at a time, config, tokenizer."""
 
 from __future__ import annotations
 

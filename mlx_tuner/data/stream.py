@@ -25,7 +25,7 @@ def prefetch(
     """The examples of each of `steps`, a list of positions each, in their order.
 
     A thread encodes ahead: the first step by itself, so that it can begin, then steps of at least
-    `window` rows at once, up to two such windows before they are asked for. What is raised there
+    `window` rows at once, up to three such windows before they are asked for. What is raised there
     is raised here, in its place. The thread ends with the iterator, also where that is closed or
     dropped before its end.
     """

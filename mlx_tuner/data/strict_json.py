@@ -74,7 +74,7 @@ def _decode_carefully(raw: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(_bad_encoding(raw, where, error)) from None
     except json.JSONDecodeError as error:
-        raise DataError(_bad_syntax(raw, where, error)) from None
+        raise DataError(_bad_syntax(where, error)) from None
     except RecursionError:
         what = f"nested more than {MAX_DEPTH} deep; flatten it"
         raise DataError(Fault(where, "", what)) from None
@@ -174,19 +174,11 @@ def _lone_surrogate(text: str) -> int | None:
 
 
 def _bad_encoding(raw: bytes, where: str, error: UnicodeDecodeError) -> Fault:
-    if _is_utf16(raw):
-        return Fault(where, "", "UTF-16, not UTF-8; save the file as UTF-8")
     what = f"not UTF-8 (0x{raw[error.start]:02x}); save the file as UTF-8"
     return Fault(where, f"byte {error.start + 1}", what)
 
 
-def _is_utf16(raw: bytes) -> bool:
-    return raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:2]
-
-
-def _bad_syntax(raw: bytes, where: str, error: json.JSONDecodeError) -> Fault:
-    if _is_utf16(raw):
-        return Fault(where, "", "UTF-16, not UTF-8; save the file as UTF-8")
+def _bad_syntax(where: str, error: json.JSONDecodeError) -> Fault:
     file, _, line = where.rpartition(":")
     where = f"{file}:{int(line) + error.lineno - 1}"
     return Fault(where, f"column {error.colno}", syntax_in_words(error))

@@ -25,7 +25,7 @@ _NOTE = "mlx_tuner"
 """Key of the safetensors metadata for what a format has no field for; other programs skip it."""
 
 _PLACES = (("", "language_model."), ("model.language_model.", "language_model.model."))
-"""Where transformers has the blocks of Qwen3.5, as text model or with its eyes, and where MLX."""
+"""Prefixes of Qwen3.5's blocks: transformers' (text alone; with vision), and MLX's."""
 
 _FLOATS = {"F32", "F16", "BF16"}
 _MAX_NAME = 200
@@ -217,7 +217,7 @@ def load_tensors(
         check: from the header to a (name, fault) for everything wrong with it.
 
     Raises:
-        ModelError: the file lies about itself, `check` found faults, or values are not finite.
+        ModelError: the header is wrong, `check` found faults, or values are not finite.
     """
     header = read_header(path)
     faults = [Fault(str(path), name, what) for name, what in check(header)]

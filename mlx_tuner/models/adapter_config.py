@@ -70,7 +70,7 @@ _Pattern = Annotated[str, AfterValidator(_is_simple)]
 
 
 class LoraParameters(_Config):
-    """What mlx-lm calls so."""
+    """mlx-lm's `lora_parameters`."""
 
     rank: _Rank
     scale: _Scale
@@ -90,7 +90,7 @@ class MlxConfig(_Config):
 
 
 class PeftConfig(_Config):
-    """PEFT's: what a scaled product of two factors can follow, and what must be off for that."""
+    """PEFT's: what LoRA and DoRA consist of here, and what must be off, as nothing follows it."""
 
     peft_type: Literal["LORA"]
     r: _Rank

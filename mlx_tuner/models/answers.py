@@ -17,7 +17,7 @@ Message = dict[str, Any]
 SIDE_BY_SIDE = 64
 """Answers that are made at once: each has keys and values of its own in memory."""
 _TAIL = 12
-"""Tokens at an answer's end, in which an end that has just been said begins."""
+"""Last tokens of an answer, in which a text that ends it is looked for."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def resolve_base(adapter: Adapter, model: str | None = None, *, fetch: bool = Tr
 def named_as_in_base(adapter: Adapter) -> Adapter:
     """The adapter by the names of its base's modules in MLX, where the base is on this machine.
 
-    Elsewhere only names that no other model than Qwen3.5 has are known to be others in MLX.
+    Where it is not, only the prefix that Qwen3.5 alone has is translated.
     """
     try:
         model = skeleton(check_folder(resolve_base(adapter, fetch=False)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_tuner.errors import Fault, ModelError
-from mlx_tuner.system.interrupt import TookTooLong, time_limit
+from mlx_tuner.system.time_limit import TookTooLong, time_limit
 
 SECONDS = 2
 """Of CPU time, in which it must have written a few conversations; real ones take milliseconds."""
@@ -84,7 +84,7 @@ def _footprint(pid: int) -> int:
 
 
 class Bounded:
-    """`apply_chat_template` of a tokenizer, stopped where it does not end for some content.
+    """`apply_chat_template` of a tokenizer, with a time limit.
 
     After that it refuses at once, so that a thousand such rows take no longer than one.
     """

@@ -1,4 +1,4 @@
-"""The gate to a model folder: what it names and how its files lie, before anybody reads it.
+"""Checks a model folder before anybody reads it: what it names, and how its files are linked.
 
 Only JSON is read here. Every way to a model (`model.load_tokenizer`, `load`, and
 `model_files.check_model_folder`) begins here, since mlx-lm and transformers open what they find.
@@ -69,7 +69,7 @@ _MAX_SIZE = 2**31  # of any other number that layers are built from: MLX keeps s
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Refuse a folder of which anything must not be opened, imported or built; returns its config.
+    """Refuse a folder with anything unsafe to open, import or build; returns its config.
 
     Raises:
         ModelError: with all that is wrong.
@@ -146,7 +146,7 @@ def _tokens(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             if isinstance(token, dict) and key != "extra_special_tokens":
                 yield folder / name, token
     values: list[Any] = [settings]
-    while values:  # anywhere else, what says that it is one
+    while values:  # elsewhere an object is a token if it has a `__type`
         value = values.pop()
         if isinstance(value, dict):
             if "__type" in value:

@@ -45,7 +45,7 @@ _MAX_MATCHING = 10**9
 
 _MAX_PADDING = 16
 _SMALL = 100_000_000
-"""Ranks that differ are padded with zeros: to so many numbers, or 16 times what is there."""
+"""Numbers that padding unequal ranks may make: this many, or 16 times those that are stored."""
 
 _Value = TypeVar("_Value")
 

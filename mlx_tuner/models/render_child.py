@@ -89,7 +89,7 @@ def compiled(source: str) -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Environment(ImmutableSandboxedEnvironment):
-        """Repeats a text or list no more often than fits, which one step of Python would not."""
+        """Refuses a product that makes a huge text or list, which no limit would stop in time."""
 
         intercepted_binops = frozenset("*")
 

@@ -126,7 +126,7 @@ def is_finite(value: mx.array) -> bool:
 
 
 def _bytes(value: mx.array) -> memoryview:
-    """The bytes of a tensor, row by row, without a copy where they lie like that."""
+    """The bytes of a tensor in row-major order; no copy of one that is contiguous."""
     flat = mx.contiguous(value).reshape(-1).view(mx.uint8)
     mx.eval(flat)
     return memoryview(flat)

@@ -49,7 +49,7 @@ class SelfTest:
 
     @property
     def ok(self) -> bool:
-        """Whether all are well."""
+        """Whether all have passed."""
         return all(finding.ok for finding in self.findings)
 
     @property

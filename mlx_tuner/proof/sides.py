@@ -13,7 +13,7 @@ from mlx_tuner.training import assembly
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16}
 
 Outcome = tuple[bool, str]
-"""Whether a check is well, and its figures."""
+"""Whether a check has passed, and its figures."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class RowByRow(Trainer):
 def check_training(side: Side, name: str, dtype: str) -> Outcome:
     """Twenty steps: every loss and the first gradient, against the CPU in fp32.
 
-    Well where the errors are at most twice those of mlx-lm's forward pass, or very small.
+    Passed where the errors are at most twice those of mlx-lm's forward pass, or very small.
     """
     truth = _trajectory(TRUTH, name, "fp32")
     ours, theirs = (_trajectory(side, name, dtype, kind) for kind in (Trainer, RowByRow))

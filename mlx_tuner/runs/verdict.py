@@ -27,6 +27,17 @@ _FEWEST = 3
 """Evaluations after the start of training that make a curve."""
 
 
+Tone = Literal["bad", "warn", "good", ""]
+
+_TONES: dict[Kind, Tone] = {
+    "worse than base": "bad",
+    "overfitting": "warn",
+    "rising": "warn",
+    "improving": "good",
+    "flat": "good",
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How training went for rows that it did not see."""
@@ -34,6 +45,11 @@ class Verdict:
     kind: Kind
     text: str
     """One or two sentences: what the curve shows, and what to do."""
+
+    @property
+    def tone(self) -> Tone:
+        """By which it is coloured."""
+        return _TONES.get(self.kind, "")
 
 
 def judge(records: Sequence[Record]) -> Verdict:

@@ -23,20 +23,13 @@ from mlx_tuner.runs.metrics import (
     mean,
     train_records,
 )
-from mlx_tuner.runs.verdict import Kind, judge
+from mlx_tuner.runs.verdict import judge
 from mlx_tuner.show import story
 from mlx_tuner.words import duration, plural, rate
 
 _MOST_POINTS = 2_000
 """Of a line: longer ones keep the lowest and highest of each piece, so that a bad step stays."""
 _DASHES = (None, "6 4", "2 3")
-_TONES: dict[Kind, str] = {
-    "worse than base": "bad",
-    "overfitting": "warn",
-    "rising": "warn",
-    "improving": "good",
-    "flat": "good",
-}
 
 Point = tuple[float, float]
 
@@ -62,7 +55,7 @@ def report(
         f"<h1>{escape(summary.recipe)}</h1>",
         f"<p>{escape(story.headline(summary))}</p>",
         f'<p class="quiet">{escape(story.description(summary))}</p>',
-        _verdict(_TONES.get(verdict.kind, ""), verdict.text),
+        _verdict(verdict.tone, verdict.text),
         _tiles(summary),
         _section("Curves", _figures(5)),
         _section("Numbers", _pairs(story.numbers(summary))),

@@ -11,18 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_tuner.runs.metrics import STOPPED, Record, Summary, curve
-from mlx_tuner.runs.verdict import Kind, judge
+from mlx_tuner.runs.verdict import Tone, judge
 from mlx_tuner.show import story
 from mlx_tuner.show.chart import Chart, Series
 
 _TRAIN, _VALID, _BEST = "cyan", "yellow", "bold green"
-_VERDICT_STYLES: dict[Kind, str] = {
-    "worse than base": "bold red",
-    "overfitting": "bold yellow",
-    "rising": "yellow",
-    "improving": "green",
-    "flat": "green",
-}
+_STYLES: dict[Tone, str] = {"bad": "bold red", "warn": "bold yellow", "good": "green", "": ""}
 
 
 def report(records: Sequence[Record], summary: Summary, run: Path) -> RenderableType:
@@ -32,7 +26,7 @@ def report(records: Sequence[Record], summary: Summary, run: Path) -> Renderable
         run: its directory, as the user should see it.
     """
     verdict = judge(records)
-    said = Text(verdict.text, _VERDICT_STYLES.get(verdict.kind, ""))
+    said = Text(verdict.text, _STYLES[verdict.tone])
     parts = [
         _headline(summary),
         _trajectory(records, summary.best_step),

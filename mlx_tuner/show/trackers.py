@@ -19,8 +19,10 @@ from mlx_tuner.runs.place import TENSORBOARD
 from mlx_tuner.system import install
 
 PROJECT = "mlx-tune"
-_SHOWN = ("loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second")
-_ALSO_SHOWN = ("memory_gb", "peak_memory_gb", "epoch", "val_loss")
+_SHOWN = (
+    *("loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second"),
+    *("memory_gb", "peak_memory_gb", "epoch", "val_loss"),
+)
 
 
 class Tracker(Protocol):
@@ -30,7 +32,7 @@ class Tracker(Protocol):
         """Numbers by name."""
 
     def end(self, summary: Mapping[str, Any], finished: bool) -> None:
-        """The last that it hears of this process."""
+        """Called once, when this process ends."""
 
 
 class TensorBoard:
@@ -51,7 +53,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """The server of MLFLOW_TRACKING_URI, else a data base in the run's directory."""
+    """The server of MLFLOW_TRACKING_URI, else a database in the run's directory."""
 
     def __init__(self, run: Path, run_id: str, config: Mapping[str, Any]) -> None:
         from mlflow.tracking import MlflowClient
@@ -106,7 +108,7 @@ class WandB:
 
 
 class Trackio:
-    """Trackio's own data base on this machine, for `trackio show`."""
+    """Trackio's own database on this machine, for `trackio show`."""
 
     def __init__(self, run: Path, run_id: str, config: Mapping[str, Any]) -> None:
         import trackio
@@ -166,7 +168,7 @@ class Trackers:
     def record(self, record: Record) -> None:
         """A log line or an evaluation."""
         values = record.to_json()
-        shown = {n: values[n] for n in (*_SHOWN, *_ALSO_SHOWN) if values.get(n) is not None}
+        shown = {n: values[n] for n in _SHOWN if values.get(n) is not None}
         for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(shown, record.step))  # type: ignore[misc]
 

@@ -36,9 +36,8 @@ CACHE_FRACTION = 0.25
 # FMA) x clock; fp16 and bf16 run at the same rate up to M4.
 # Clocks: M1 1.278 GHz (M1 Pro and up 1.296), M2 1.398 and M4 1.578 GHz are what `powermetrics`
 # reports as the top step, M3's are hmc-tech.com's; M5 and M5 Pro have no source. Checked against
-# the TFLOPS that Apple
-# published: M1 2.6, M1 Pro 5.2, M1 Max 10.4, M1 Ultra 21, M2 3.6, M2 Pro 6.8, M2 Max 13.6.
-# Other sources give 1.47 GHz for M4, so read its peak as +0 % -7 %.
+# the TFLOPS that Apple published: M1 2.6, M1 Pro 5.2, M1 Max 10.4, M1 Ultra 21, M2 3.6,
+# M2 Pro 6.8, M2 Max 13.6. Other sources give 1.47 GHz for M4, so read its peak as +0 % -7 %.
 # Bandwidth: Apple's technical specifications of each Mac.
 _CHIPS: Mapping[str, tuple[float | None, tuple[tuple[int, int], ...]]] = {
     "M1": (1.278, ((8, 68),)),

@@ -56,7 +56,7 @@ def faults_of_files(folder: Path, most_bytes: Mapping[str, float]) -> Iterator[F
 
 
 def _places(folder: Path) -> list[Path]:
-    """Where the files of a folder may lie; in the Hub's cache, content lies apart from names."""
+    """Where the files of a folder may lie; in the Hub's cache they are links to its blobs."""
     repository = folder.parent.parent  # CACHE/models--OWNER--NAME/snapshots/COMMIT
     if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
         return [folder, repository / "blobs", repository.parent / "blobs"]

@@ -1,4 +1,4 @@
-"""Interrupting: signals, kept for the next step boundary or handed on, and slow code, stopped."""
+"""Signals, kept for the next step boundary or handed on to a child."""
 
 from __future__ import annotations
 
@@ -82,42 +82,3 @@ class Relay:
         os.kill(os.getpid(), signal.SIGSTOP)
         if child is not None:
             os.kill(child, signal.SIGCONT)
-
-
-class TookTooLong(Exception):
-    """A block of `time_limit` did not end in time."""
-
-
-class _Late(BaseException):
-    """Raised in the block; not an Exception, which the code in it might catch."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TookTooLong` out of the block after so many seconds, whatever Python code runs in it.
-
-    It works in every thread, which a signal does not.
-    """
-    import ctypes  # which a start that is refused need not wait for
-
-    thread, lock, over = threading.get_ident(), threading.Lock(), False
-
-    def late() -> None:
-        with lock:
-            if not over:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(thread), ctypes.py_object(_Late)
-                )
-
-    timer = threading.Timer(seconds, late)
-    timer.daemon = True
-    timer.start()
-    try:
-        try:
-            yield
-        finally:
-            with lock:
-                over = True
-            timer.cancel()
-    except _Late:
-        raise TookTooLong from None

@@ -45,7 +45,7 @@ def launched(environ: Mapping[str, str]) -> Launch | None:
     """The place that the environment gives this process; None for one that is alone.
 
     Raises:
-        UsageError: it is started by a launcher that tells no address (MPI), or halfway.
+        UsageError: it is started by a launcher that tells no address (MPI), or too little.
     """
     if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         raise UsageError("MPI is not supported; use mlx.launch with --backend ring or jaccl")

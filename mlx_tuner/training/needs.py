@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,10 +198,9 @@ def seconds_of(recipe: Recipe, *, tokens: int, total_parameters: int) -> tuple[f
         ranks = int(summary.machine.get("ranks", 1))
         return tokens * ranks / summary.tokens_per_second, f"by the run in {run}"
     flops = _FLOPS_A_PARAMETER * total_parameters * tokens
-    folders = (Path("benchmarks/results"), cache.user_folder() / "bench")
-    for path in sorted((path for f in folders for path in f.glob("bench*.json")), key=_age):
-        if tflops := _bench_tflops(path, machine.chip):
-            return flops / (tflops * 1e12), f"by `mlx-tune bench`, {path.name}"
+    for file, found in cache.results("bench*.json"):
+        if tflops := _bench_tflops(found, machine.chip):
+            return flops / (tflops * 1e12), f"by `mlx-tune bench`, {file}"
     if machine.peak_tflops:
         share = f"{100 * _EFFICIENCY:.0f} % of the chip's peak"
         return flops / (_EFFICIENCY * machine.peak_tflops * 1e12), f"a guess: at {share}"
@@ -221,16 +219,11 @@ def _longest_run(model: str, chip: object) -> tuple[Path, Summary] | None:
     return longest if longest and longest[1].tokens else None
 
 
-def _bench_tflops(path: Path, chip: str) -> float | None:
+def _bench_tflops(found: Any, chip: str) -> float | None:
     """What a bench result reached, if it is one and of this chip."""
     try:
-        found = json.loads(path.read_text("utf-8"))
         if found["benchmark"] == "bench" and found["machine"]["chip"] == chip:
             return float(found["training"]["tflops"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         pass
     return None
-
-
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,14 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """Plain values, for `resumed`."""
-        names = ("best_step", "best_val_loss", "evaluations_since_best", "nonfinite_in_a_row")
-        kept = {name: getattr(self, name) for name in (*names, "restarts", "run_id")}
+        kept = {each.name: getattr(self, each.name) for each in fields(self)}
         return {**kept, "meter": self.meter.state()}
 
     @classmethod
     def resumed(cls, state: dict[str, Any]) -> Progress:
         """The progress that a checkpoint has kept."""
-        names = (
-            *("step", "best_step", "best_val_loss", "evaluations_since_best"),
-            *("nonfinite_in_a_row", "restarts", "run_id"),
-        )
-        # Checkpoints of an earlier version have no `run_id`.
-        kept = {name: state[name] for name in names if name in state}
-        return cls(**kept, meter=Meter.from_json(state["meter"]))
+        kept = {each.name: state[each.name] for each in fields(cls)}
+        return cls(**{**kept, "meter": Meter.from_json(state["meter"])})
 
 
 @dataclass
