@@ -83,13 +83,13 @@ def one_rank(args: Any) -> None:
     import mlx.core as mx
 
     from mlx_tuner.bench.measure import interleave
-    from mlx_tuner.bench.work import LEARNING_RATE, Settings, adapted, work_of
+    from mlx_tuner.bench.workload import LEARNING_RATE, Settings, adapted, workload_of
     from mlx_tuner.engine.optimizer import State
     from mlx_tuner.engine.ranks import Ranks, join
     from mlx_tuner.engine.trainer import Trainer, train
 
     ranks, alone = join("ring"), Ranks()
-    work = work_of(args.model, Settings(batch_size=args.rows, seq=args.seq), steps=2)
+    work = workload_of(args.model, Settings(batch_size=args.rows, seq=args.seq), steps=2)
     trainer = Trainer(adapted(work.build()), micro_batch_tokens=1024, ranks=ranks)
     apart = Ranks()
     apart.rank, apart.size, apart.speeds = ranks.rank, ranks.size, ranks.speeds

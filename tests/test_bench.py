@@ -16,11 +16,11 @@ import pytest
 from click.testing import CliRunner
 from test_device import FakeMac
 
-from mlx_tuner.bench import bench, model, sweep, work
+from mlx_tuner.bench import bench, model, sweep, workload
 from mlx_tuner.bench import report as bench_report
 from mlx_tuner.bench.measure import Spread, interleave, ratio
 from mlx_tuner.bench.peer import MlxLmTrainer
-from mlx_tuner.bench.work import Settings
+from mlx_tuner.bench.workload import Settings
 from mlx_tuner.cli import main
 from mlx_tuner.engine import batching, lora
 from mlx_tuner.engine.batching import Example
@@ -271,7 +271,7 @@ def test_a_sweep_leaves_out_what_does_not_fit_or_takes_too_long(
 ) -> None:
     mine = model.random_model(MICRO, mx.float32)
     setting = Settings(batch_size=1, seq=64, quick=True)
-    subject = work.work_of("micro", setting, steps=1)
+    subject = workload.workload_of("micro", setting, steps=1)
     assert sweep._cell(mine, subject, setting, gemm=1e-9)["skipped"] == "too slow"
     monkeypatch.setattr(device, "memory_budget", lambda: 1000)
     assert sweep._cell(mine, subject, setting, gemm=1.0)["skipped"] == "too large"
@@ -283,14 +283,14 @@ def test_a_sweep_leaves_out_what_does_not_fit_or_takes_too_long(
 def test_a_slow_or_small_machine_measures_a_smaller_model_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fast = work.choose(Settings(), gemm=7.0)
+    fast = workload.choose(Settings(), gemm=7.0)
     assert fast.name == "qwen2.5-1.5b"
     assert not any("smaller" in note for note in fast.notes)
-    slow = work.choose(Settings(quick=True), gemm=0.005)
+    slow = workload.choose(Settings(quick=True), gemm=0.005)
     assert slow.name == "builtin:tiny-qwen"
     assert "qwen2.5-1.5b: would take about" in slow.notes[0]
     monkeypatch.setattr(device, "memory_budget", lambda: 6_000_000_000)
-    small = work.choose(Settings(), gemm=7.0)
+    small = workload.choose(Settings(), gemm=7.0)
     assert small.name == "qwen2.5-0.5b"
     assert "GB can be used" in small.notes[0]
 
@@ -300,8 +300,8 @@ def test_a_model_that_was_asked_for_and_does_not_fit_is_an_error(
 ) -> None:
     monkeypatch.setattr(device, "memory_budget", lambda: 6_000_000_000)
     with pytest.raises(ModelError, match="--quantize 4"):
-        work.choose(Settings(model="qwen2.5-7b"), gemm=7.0)
-    assert work.choose(Settings(model="qwen2.5-0.5b"), gemm=0.001).name == "qwen2.5-0.5b"
+        workload.choose(Settings(model="qwen2.5-7b"), gemm=7.0)
+    assert workload.choose(Settings(model="qwen2.5-0.5b"), gemm=0.001).name == "qwen2.5-0.5b"
 
 
 def test_a_step_is_compared_with_the_peak_the_bandwidth_and_the_baseline_by_its_flops() -> None:

@@ -25,7 +25,7 @@ class FakeMac(device.Probe):
             **commands,
         }
 
-    def backend(self) -> device.Backend:
+    def backend(self) -> device.BackendName:
         return "metal"
 
     def device_info(self) -> Mapping[str, str | int]:
@@ -53,11 +53,11 @@ class FakeLinux(device.Probe):
 
     system = "Linux"
 
-    def __init__(self, files: Mapping[str, str], backend: device.Backend = "cpu") -> None:
+    def __init__(self, files: Mapping[str, str], backend: device.BackendName = "cpu") -> None:
         self.files = files
-        self._backend: device.Backend = backend
+        self._backend: device.BackendName = backend
 
-    def backend(self) -> device.Backend:
+    def backend(self) -> device.BackendName:
         return self._backend
 
     def device_info(self) -> Mapping[str, str | int]:

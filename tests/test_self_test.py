@@ -81,7 +81,7 @@ def test_steps_that_depend_on_what_happened_before_are_found(
 
 @pytest.mark.slow
 def test_a_peak_beyond_the_estimate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps.Work, "step_bytes", lambda *_: 1_000_000)
+    monkeypatch.setattr(steps.Workload, "step_bytes", lambda *_: 1_000_000)
     assert not steps.check_memory(SIDE)[0]
 
 

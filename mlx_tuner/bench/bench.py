@@ -21,7 +21,7 @@ from mlx_tuner.bench.measure import (
 )
 from mlx_tuner.bench.model import twin
 from mlx_tuner.bench.peer import MlxLmTrainer
-from mlx_tuner.bench.work import (
+from mlx_tuner.bench.workload import (
     BASELINE_MODEL,
     LEARNING_RATE,
     RANK,
@@ -31,7 +31,7 @@ from mlx_tuner.bench.work import (
     adapted,
     choose,
     gemm_tflops,
-    work_of,
+    workload_of,
 )
 from mlx_tuner.errors import Fault, UsageError
 from mlx_tuner.show.progress import Display
@@ -191,7 +191,7 @@ def baseline_flops() -> float:
     """FLOP that a row of the baseline's run takes."""
     settings = Settings()
     steps = -(-settings.rows // settings.batch_size)
-    count = work_of(BASELINE_MODEL, settings, steps=steps).flops()
+    count = workload_of(BASELINE_MODEL, settings, steps=steps).flops()
     assert count is not None
     return count / settings.rows
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mlx_tuner.bench.bench import PROJECTED_EPOCHS, Result
 from mlx_tuner.bench.sweep import recipe_lines, tables
-from mlx_tuner.bench.work import BASELINE_MODEL, RANK, TARGET_MODULES
+from mlx_tuner.bench.workload import BASELINE_MODEL, RANK, TARGET_MODULES
 from mlx_tuner.words import duration, plural, ram, rate
 
 MARKDOWN_COLUMNS = (

@@ -16,7 +16,7 @@ from mlx_lm.generate import generate_step
 from mlx_tuner.bench.measure import Measures
 from mlx_tuner.bench.model import twin
 from mlx_tuner.bench.peer import MlxLmTrainer
-from mlx_tuner.bench.work import LEARNING_RATE
+from mlx_tuner.bench.workload import LEARNING_RATE
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.trainer import Trainer, train

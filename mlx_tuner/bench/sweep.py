@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_tuner.bench import model as random
 from mlx_tuner.bench.measure import SCHEMA_VERSION
 from mlx_tuner.bench.speed import train_pass
-from mlx_tuner.bench.work import Settings, Work, adapted, choose, gemm_tflops, work_of
+from mlx_tuner.bench.workload import Settings, Workload, adapted, choose, gemm_tflops, workload_of
 from mlx_tuner.models.architecture import dtype_of
 from mlx_tuner.show.progress import Display
 from mlx_tuner.system import device
@@ -47,12 +47,14 @@ def measure(settings: Settings, display: Display, *, command: str) -> dict[str, 
             for quantize in quantizations:
                 form = replace(settings, quantize=quantize)
                 gemm = gemm_tflops(quantize)
-                model = adapted(work_of(name, form, steps=1).build())
+                model = adapted(workload_of(name, form, steps=1).build())
                 mx.eval(model.parameters())
                 for seq in seqs:
                     for batch_size in batch_sizes:
                         setting = replace(form, batch_size=batch_size, seq=seq)
-                        cells.append(_cell(model, work_of(name, setting, steps=1), setting, gemm))
+                        cells.append(
+                            _cell(model, workload_of(name, setting, steps=1), setting, gemm)
+                        )
                         advance(1)
     machine = device.facts()
     return {
@@ -97,7 +99,7 @@ def _grid(quick: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (1, 4, 8), (64, 128, 256)
 
 
-def _cell(model: nn.Module, work: Work, setting: Settings, gemm: float) -> Cell:
+def _cell(model: nn.Module, work: Workload, setting: Settings, gemm: float) -> Cell:
     """The faster of two steps, after one to warm up."""
     cell = {key: getattr(setting, key) for key in ("quantize", "batch_size", "seq")}
     if not work.fits():

@@ -117,7 +117,7 @@ def bench(
     from mlx_tuner.bench import report as bench_report
     from mlx_tuner.bench.bench import bench, save
     from mlx_tuner.bench.sweep import measure
-    from mlx_tuner.bench.work import Settings
+    from mlx_tuner.bench.workload import Settings
     from mlx_tuner.show.progress import Display
 
     if sweep and (against or markdown):

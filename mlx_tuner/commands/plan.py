@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_tuner.commands import links
-from mlx_tuner.data.dataset import Dataset, Task, untold
+from mlx_tuner.data.dataset import Dataset, ShowTask, untold
 from mlx_tuner.models import model as models
 from mlx_tuner.models.architecture import parameter_count
 from mlx_tuner.models.folder import check_folder, has_tokenizer
@@ -74,7 +74,7 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, task: Task = untold, *, machines: int = 1, link: str = "thunderbolt"
+    recipe: Recipe, task: ShowTask = untold, *, machines: int = 1, link: str = "thunderbolt"
 ) -> Plan:
     """Count what the recipe asks for. Loads the tokenizer and the rows, but no weights.
 

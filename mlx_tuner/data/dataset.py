@@ -33,7 +33,7 @@ from mlx_tuner.words import plural
 
 BadRowPolicy = Literal["error", "skip"]
 
-Task = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+ShowTask = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Shows that something goes on, up to a total; yields what to call with each part of it done."""
 
 QUARANTINE_KEPT = 1000
@@ -48,7 +48,7 @@ UNREADABLE = "cannot be read"
 
 
 def untold(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A `Task` that shows nothing."""
+    """A `ShowTask` that shows nothing."""
     return nullcontext(lambda done: None)
 
 
@@ -124,7 +124,7 @@ def open_dataset(
     on_bad_row: BadRowPolicy = "error",
     surveyed_rows: int | None = SURVEYED_ROWS,
     refuse: bool = True,
-    task: Task = untold,
+    task: ShowTask = untold,
 ) -> Dataset:
     """Open a file of rows, check all of them and survey the first.
 

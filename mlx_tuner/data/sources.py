@@ -52,7 +52,7 @@ _MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; run `git lfs pull`",
 }
 
-Identity = tuple[int, int, int, int]
+FileIdentity = tuple[int, int, int, int]
 """Device, inode, size and time of the last change in ns: what shows that a file is another one."""
 
 
@@ -157,7 +157,7 @@ def refusal(path: Path, what: str, line: int | None = None) -> DataError:
 # --- The file -----------------------------------------------------------------------------------
 
 
-def _identity(path: Path) -> Identity:
+def _identity(path: Path) -> FileIdentity:
     try:
         found = path.stat()
     except OSError as error:
@@ -194,7 +194,7 @@ def _check_content(path: Path, head: bytes) -> None:
 # --- Packed files -------------------------------------------------------------------------------
 
 
-def _unpacked(path: Path, identity: Identity) -> Path:
+def _unpacked(path: Path, identity: FileIdentity) -> Path:
     """The file itself, or what is packed in it, unpacked unless that was done before."""
     unpack = {".gz": _gunzip, ".parquet": _parquet_rows}.get(path.suffix.lower())
     if unpack is None:

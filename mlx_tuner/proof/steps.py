@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
 from mlx_tuner.bench import model as random
-from mlx_tuner.bench.work import Work, adapted, compute_dtype
+from mlx_tuner.bench.workload import Workload, adapted, compute_dtype
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Example, Step
 from mlx_tuner.engine.optimizer import State
@@ -177,7 +177,7 @@ def check_memory(side: Side) -> Outcome:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64, "vocab_size": 8192}
     config = random.tiny_config("qwen3", **sizes, num_hidden_layers=3)
     tokens = 1024
-    work = Work("", config, None, [random.rows(8, 8192, length=tokens // 8)])
+    work = Workload("", config, None, [random.rows(8, 8192, length=tokens // 8)])
     with side.here():
         before = mx.get_active_memory()
         model = adapted(random.random_model(config, compute_dtype()))

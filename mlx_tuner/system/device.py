@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_tuner.system import blas
 
-Backend = Literal["metal", "cuda", "cpu"]
+BackendName = Literal["metal", "cuda", "cpu"]
 
 BUDGET_FRACTION = 0.9
 """Share of the device's memory that a run may use; also the share that Metal keeps wired."""
@@ -67,7 +67,7 @@ _PRESSURE_LEVELS = {"1": "normal", "2": "warning", "4": "critical"}
 class Probe(blas.Probe):
     """Reads the machine. A test replaces the methods to be another one."""
 
-    def backend(self) -> Backend:
+    def backend(self) -> BackendName:
         """What MLX computes on by default."""
         if mx.default_device() == mx.cpu:
             return "cpu"
@@ -105,7 +105,7 @@ class Probe(blas.Probe):
 class Machine:
     """What a benchmark or a report says about the machine. Absent facts are None."""
 
-    backend: Backend
+    backend: BackendName
     chip: str
     gpu_cores: int | None
     cpu_cores: int
@@ -308,7 +308,7 @@ def _working_set(info: Mapping[str, str | int]) -> int | None:
     return int(value) if value else None
 
 
-def _memory_bytes(backend: Backend, info: Mapping[str, str | int], probe: Probe) -> int:
+def _memory_bytes(backend: BackendName, info: Mapping[str, str | int], probe: Probe) -> int:
     size = info.get("total_memory" if backend == "cuda" else "memory_size")
     return int(size) if size else probe.physical_memory()
 

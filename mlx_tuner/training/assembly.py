@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_tuner.data.dataset import Dataset, Task, open_dataset, split, untold
+from mlx_tuner.data.dataset import Dataset, ShowTask, open_dataset, split, untold
 from mlx_tuner.data.encode import Encoder
 from mlx_tuner.data.order import shuffled
 from mlx_tuner.data.stream import prefetch
@@ -43,7 +43,7 @@ class Data:
     valid: Dataset | None
 
 
-def open_data(recipe: Recipe, tokenizer: Any, task: Task = untold) -> Data:
+def open_data(recipe: Recipe, tokenizer: Any, task: ShowTask = untold) -> Data:
     """Open, check and survey the recipe's training and validation rows.
 
     Args:
@@ -65,7 +65,7 @@ def open_file(
     source: str,
     tokenizer: Any,
     limit: int | None = None,
-    task: Task = untold,
+    task: ShowTask = untold,
 ) -> Dataset:
     """Open and check the rows of one file, read as the recipe's `table` says.
 

@@ -76,7 +76,7 @@ DEFAULT_MODELS = (BASELINE_MODEL, "qwen2.5-0.5b", "builtin:tiny-qwen")
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A model and the batches to train it on."""
 
     name: str
@@ -170,7 +170,7 @@ def adapted(model: nn.Module) -> nn.Module:
     return model
 
 
-def choose(settings: Settings, gemm: float) -> Work:
+def choose(settings: Settings, gemm: float) -> Workload:
     """The settings' model, or the first of `DEFAULT_MODELS` with memory and time for it.
 
     The number of steps in a pass is what the time allows, unless the settings have it.
@@ -183,7 +183,7 @@ def choose(settings: Settings, gemm: float) -> Work:
     """
     passed_over: list[str] = []
     for name in (settings.model,) if settings.model else DEFAULT_MODELS:
-        work = work_of(name, settings, steps=settings.steps or MOST_STEPS)
+        work = workload_of(name, settings, steps=settings.steps or MOST_STEPS)
         a_step = work.step_seconds(gemm)
         seconds = settings.passes * (settings.steps or 1) * a_step
         is_last = settings.model is not None or name == DEFAULT_MODELS[-1]
@@ -200,7 +200,7 @@ def choose(settings: Settings, gemm: float) -> Work:
     notes = [f"a smaller model than the default: {', '.join(passed_over)}"] if passed_over else []
     if settings.steps is None and a_step:
         steps = int(settings.training_seconds / (settings.passes * a_step))
-        work = work_of(name, settings, steps=min(MOST_STEPS, max(1, steps)))
+        work = workload_of(name, settings, steps=min(MOST_STEPS, max(1, steps)))
         if steps < MOST_STEPS:
             notes.append(f"{len(work.batches)} of {MOST_STEPS} steps a pass, for time")
     if device.slow_blas():
@@ -208,7 +208,7 @@ def choose(settings: Settings, gemm: float) -> Work:
     return replace(work, notes=tuple(notes))
 
 
-def work_of(name: str, settings: Settings, *, steps: int) -> Work:
+def workload_of(name: str, settings: Settings, *, steps: int) -> Workload:
     """A model by name, with batches of the settings' rows, cycled through for so many steps."""
     config, folder = random.find(name)
     if settings.quantize:
@@ -219,7 +219,7 @@ def work_of(name: str, settings: Settings, *, steps: int) -> Work:
     rows = random.rows(settings.rows, vocabulary, length=settings.seq)
     starts = range(0, len(rows), settings.batch_size)
     pool = [rows[start : start + settings.batch_size] for start in starts]
-    return Work(name, config, folder, [pool[i % len(pool)] for i in range(steps)])
+    return Workload(name, config, folder, [pool[i % len(pool)] for i in range(steps)])
 
 
 def compute_dtype() -> mx.Dtype:
