@@ -35,7 +35,7 @@ from mlx_tuner.recipe.load import load_recipe, parse_recipe
 from mlx_tuner.runs import run as runs
 from mlx_tuner.runs.metrics import EvalRecord, TrainRecord, train_records
 from mlx_tuner.runs.place import is_running
-from mlx_tuner.show import trackers
+from mlx_tuner.show import story, trackers
 from mlx_tuner.show.progress import Display
 from mlx_tuner.training import assembly, session
 from mlx_tuner.training import finetune as training
@@ -476,6 +476,7 @@ def test_rows_that_turn_out_unusable_are_left_out_of_their_steps_counted_and_nam
     assert summary.data_notes[0] in (tmp_path / "run" / "report.html").read_text()
     trained = [r for r in runs.read_records(tmp_path / "run") if isinstance(r, TrainRecord)]
     assert [r.rows for r in trained] == [1] * 5 + [0] * 2 + [1] * 4
+    assert len(story.trajectory(trained, None).rows) == 9
     assert math.isfinite(summary.train_loss)
 
 

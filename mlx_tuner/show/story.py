@@ -133,7 +133,7 @@ class Trajectory:
 
 def trajectory(records: Sequence[Record], best_step: int | None) -> Trajectory:
     """The table, thinned to what fits on a screen."""
-    trained = {record.step: record for record in train_records(records)}
+    trained = {record.step: record for record in train_records(records) if record.rows}
     evaluated = {r.step: r for r in records if isinstance(r, EvalRecord)}
     steps = sorted(trained.keys() | evaluated.keys())
     shown = _thinned(steps, sorted(evaluated), best_step)
