@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mlx_tuner.bench.measure import (
     Spread,
     interleave,
     ratio,
+    result,
     spreads,
 )
 from mlx_tuner.bench.model import twin
@@ -112,11 +112,7 @@ def bench(
         notes.append(f"{done} of {settings.repeats} passes, for time: the machine was busy")
     told = work.describe(trainer, settings)
     found = {
-        "benchmark": "bench",
-        "schema_version": SCHEMA_VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": machine.to_json(),
+        **result("bench", command, machine),
         "workload": told,
         **training_figures(runs, told, machine, gemm=gemm, dense=dense),
         "generation": {name: _plain(spreads(turns)) for name, turns in generated.items()},

@@ -7,12 +7,28 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_tuner.system.device import Machine
 
 SCHEMA_VERSION = 2
 """Of the files that `mlx-tune bench` writes."""
 
 Measures = Mapping[str, float]
 """Figures of one run by name, each with its unit in the name, such as `seconds`."""
+
+
+def result(benchmark: str, command: str, machine: Machine) -> dict[str, Any]:
+    """What every result file begins with."""
+    return {
+        "benchmark": benchmark,
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": machine.to_json(),
+    }
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_tuner.bench.bench import Result
-from mlx_tuner.bench.measure import SCHEMA_VERSION, Spread
+from mlx_tuner.bench.measure import Spread, result
 from mlx_tuner.engine.ranks import Ranks
 from mlx_tuner.system import cache, device, files
 
@@ -32,11 +31,7 @@ def measure(ranks: Ranks, backend: str, link: str, *, command: str, repeats: int
     messages = 2 * (ranks.size - 1)
     moving = spreads[large].median - spreads[small].median
     return {
-        "benchmark": "links",
-        "schema_version": SCHEMA_VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": device.facts().to_json(),
+        **result("links", command, device.facts()),
         "settings": {"ranks": ranks.size, "backend": backend, "link": link},
         "link": {
             "name": link,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_tuner.bench import model as random
-from mlx_tuner.bench.measure import SCHEMA_VERSION
+from mlx_tuner.bench.measure import result
 from mlx_tuner.bench.speed import train_pass
 from mlx_tuner.bench.workload import Settings, Workload, adapted, choose, gemm_tflops, workload_of
 from mlx_tuner.models.architecture import dtype_of
@@ -58,11 +57,7 @@ def measure(settings: Settings, display: Display, *, command: str) -> dict[str, 
                         advance(1)
     machine = device.facts()
     return {
-        "benchmark": "sweep",
-        "schema_version": SCHEMA_VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": machine.to_json(),
+        **result("sweep", command, machine),
         "workload": {
             "model": name,
             "dtype": str(dtype_of(model)).removeprefix("mlx.core."),

@@ -163,8 +163,8 @@ def _cpu_backend(probe: Probe) -> Iterator[Finding]:
         elif found.available:
             yield Finding("warn", "OpenBLAS", f"installed, not used: {slow}", f"unset {blas.OFF}")
         else:
-            install = "sudo apt-get install libopenblas0-pthread"
-            yield Finding("warn", "OpenBLAS", f"not installed: {slow}", install)
+            advice = "sudo apt-get install libopenblas0-pthread"
+            yield Finding("warn", "OpenBLAS", f"not installed: {slow}", advice)
     compiler = probe.which("g++")
     what = compiler or "missing: only `mx.compile` on the CPU backend needs it; runs here do not"
     yield Finding("ok" if compiler else "note", "g++", what)
