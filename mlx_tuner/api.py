@@ -30,7 +30,7 @@ def finetune(
     """Train what the recipe says, in this process, as `mlx-tune run` does.
 
     Args:
-        run_dir: of the run; by default `adapters/` and the recipe's name.
+        run_dir: the run's folder; by default `adapters/` and the recipe's name.
         resume: go on from the newest checkpoint of the run there.
         overwrite: replace the run there, once this one has a checkpoint.
         allow_change: resume with another length, learning rate, eval_every or patience.

@@ -271,6 +271,13 @@ def test_run_json_prints_the_summary_and_nothing_else_on_stdout(
 
 
 @pytest.mark.slow
+def test_a_recipe_may_be_called_like_an_option(mlx_tune: Here, folder: Path) -> None:
+    (folder / "small.toml").rename(folder / "-x.toml")
+    done = mlx_tune("run", "--quiet", "./-x.toml", "--run-dir", "x")
+    assert (done.returncode, (folder / "x" / "summary.json").exists()) == (0, True)
+
+
+@pytest.mark.slow
 def test_without_a_terminal_progress_is_plain_lines_on_stderr_in_ascii_where_it_must_be(
     folder: Path,
 ) -> None:

@@ -256,6 +256,7 @@ def test_parts_have_figures_of_their_own(tmp_path, tokenizer):
         assert part.tokens == sum(len(e.tokens) for e in examples)
         assert part.target_tokens == sum(int(e.loss_mask.sum()) for e in examples)
         assert part.survey.longest == max(len(e.tokens) for e in examples)
+        assert part.survey.is_complete
 
 
 def test_what_is_surveyed_is_shown_where_a_file_is_large(tmp_path, tokenizer, monkeypatch):

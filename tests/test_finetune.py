@@ -411,6 +411,7 @@ def test_resuming_nothing_and_overwriting_something_are_errors(finished, root, t
 def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
     same = {
         "train__eval_every": 1,
+        "train__log_every": 100,
         "train__learning_rate": 0.02,
         "train__lr_schedule": '"constant"',
         "train__warmup_steps": 0,
@@ -422,9 +423,19 @@ def test_a_run_stops_early_and_keeps_its_best(root, tmp_path, capsys):
     again = run_recipe(recipe, tmp_path / "run", resume=True)
     assert "has finished early, by its evaluations" in capsys.readouterr().err
     assert again == summary
+    # Killed between its last log line and its summary:
+    records = runs.read_records(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    again = run_recipe(recipe, tmp_path / "run", resume=True)
+    kept = ("status", "steps", "trained_rows", "trained_tokens", "train_loss", "best_step")
+    assert [getattr(again, key) for key in kept] == [getattr(summary, key) for key in kept]
+    assert len(runs.read_records(tmp_path / "run")) == len(records)
     text = RECIPE.replace("epochs = 3\n", "")
     shorter = recipe_of(root, text, **{**same, "train__max_steps": summary.best_step})
     run_recipe(shorter, tmp_path / "best")
+    # Patience that ends with the last step has stopped nothing.
+    exact = {**same, "train__max_steps": summary.steps, "train__early_stopping_patience": 2}
+    assert run_recipe(recipe_of(root, text, **exact), tmp_path / "exact").status == "finished"
     assert_same_adapter(tmp_path / "best", tmp_path / "run")
 
 

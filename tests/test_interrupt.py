@@ -29,7 +29,11 @@ def test_what_is_ignored_as_under_nohup_stays_ignored():
     try:
         with deferred() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
-        assert interrupt.received is None
+            assert interrupt.received is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            while interrupt.received is None:
+                time.sleep(0.001)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

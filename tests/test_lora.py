@@ -2,9 +2,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from tiny import BASE, FAMILIES, tiny_model
+from tiny import BASE, FAMILIES, set_adapter, tiny_model
 
 from mlx_tuner.engine import lora
+from mlx_tuner.engine.dora import DoRALinear
 from mlx_tuner.errors import ModelError
 from mlx_tuner.models.architecture import parameter_count, skeleton
 
@@ -60,6 +61,20 @@ def test_a_new_adapter_leaves_the_model_as_it_was():
     assert mx.array_equal(model(tokens), before)
 
 
+@pytest.mark.parametrize("layer", [lora.LoRALinear, DoRALinear])
+def test_neutral_values_make_the_base_of_any_adapter(layer):
+    model, tokens = skeleton(BASE), mx.array([[1, 2, 3, 4]])
+    base = model(tokens)
+    lora.attach(model, rank=4, scale=2.0, target_modules="all-linear", layer=layer)
+    factors = lora.trainable(model)
+    set_adapter(model, {name: mx.random.normal(v.shape) for name, v in factors.items()})
+    assert not mx.allclose(model(tokens), base, rtol=0.1)
+    neutral = lora.neutral(model)
+    assert neutral.keys() == factors.keys()
+    set_adapter(model, neutral)
+    np.testing.assert_allclose(model(tokens), base, rtol=1e-5, atol=1e-6)
+
+
 def test_lora_a_starts_as_peft_starts_it():
     layer = lora.LoRALinear(nn.Linear(10_000, 2), rank=8, scale=1.0, key=mx.random.key(0))
     a = np.array(layer.lora_a)
@@ -96,6 +111,13 @@ def test_num_layers_counts_from_the_last_block():
     lora.attach(model, rank=2, scale=1.0, target_modules=["q_proj"], num_layers=2)
     paths = list(lora.adapted_modules(model))
     assert paths == ["model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]
+
+
+def test_a_name_that_only_other_blocks_have_is_an_error():
+    model = skeleton(FAMILIES["qwen3_next"])  # every second block has softmax attention
+    assert lora.find_targets(model, ["q_proj", "in_proj_qkvz"], num_layers=2)
+    with pytest.raises(ModelError, match="in_proj_qkvz matches no linear layer"):
+        lora.find_targets(model, ["q_proj", "in_proj_qkvz"], num_layers=1)
 
 
 def test_all_linear_leaves_routers_and_the_head_out():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -256,6 +257,11 @@ def test_a_run_with_every_method_resumes_and_is_fused(tmp_path):
     start = load_recipe("quickstart", [f"lora.init_from={run}", *few])
     with pytest.raises(RecipeError, match=r'set lora\.variant = "dora"'):
         finetune(start, tmp_path / "next")
+    # ... and adapt the modules that the recipe names, or what is written would not be true.
+    start = load_recipe("quickstart", [f"lora.init_from={run}", *few, *methods])
+    narrower = replace(start, lora=start.lora.model_copy(update={"num_layers": 1}))
+    with pytest.raises(RecipeError, match=r"of 4 blocks, the recipe .* of 1 block; set lora\."):
+        finetune(narrower, tmp_path / "next")
 
 
 # ---- NEFTune -------------------------------------------------------------------------------------

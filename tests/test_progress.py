@@ -73,7 +73,7 @@ def test_without_a_terminal_there_is_a_plain_line_a_record(capsys):
         "codealpaca: 39 steps on 100 rows, "
         "4,358,144 of 1,548,072,448 parameters trainable (0.2815 %)"
     )
-    assert lines[1] == "step 0/39  epoch 0.00  val loss 1.3500  base model"
+    assert lines[1] == "step 0/39  epoch 0.00  val loss 1.3500  before training"
     assert lines[2].startswith(
         "step 10/39  epoch 0.80  loss 1.1542  grad norm 0.619  LR 1.8e-4  "
         "6.1 samples/s  742 tokens/s  "

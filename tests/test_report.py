@@ -66,7 +66,7 @@ def test_the_baseline_is_shown_for_the_same_work_only(changes):
 def test_the_best_evaluation_is_marked_in_table_and_chart():
     text = text_of(validated([1.0, 0.7, 0.9, 1.0], base=1.3))
     rows = [line.split() for line in text.splitlines()]
-    assert ["0", "0.00", "1.3000", "base"] in rows
+    assert ["0", "0.00", "1.3000", "start"] in rows
     (best,) = [row for row in rows if row[-2:] == ["★", "best"]]
     assert best[:4] == ["20", "2.00", "1.0000", "0.7000"]
     assert "★ best 0.7000, step 20" in text

@@ -13,9 +13,9 @@ from run_records import begin, train_record
 
 from mlx_tuner.errors import RunError, UsageError
 from mlx_tuner.runs.checkpoints import newest
-from mlx_tuner.runs.metrics import EvalRecord, TrainRecord
+from mlx_tuner.runs.metrics import EvalRecord, Sample, TrainRecord
 from mlx_tuner.runs.place import Claim, is_run, is_running
-from mlx_tuner.runs.run import Run, read_records, read_summary
+from mlx_tuner.runs.run import Run, read_records, read_samples, read_summary
 from mlx_tuner.system import files
 
 RECIPE = "[model]\npath = 'builtin:tiny-qwen'\n"
@@ -384,6 +384,35 @@ def test_resuming_sets_metrics_after_the_checkpoint_aside_and_sweeps(tmp_path):
     set_aside = (run.path / "metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in set_aside] == [20, 30]
     assert not list(run.path.rglob(".tmp-*"))
+
+
+def test_a_run_that_goes_on_has_no_summary_yet_and_no_half_of_an_answer(tmp_path):
+    first, second = (Sample(step=n, prompt="a", answer="b", stopped=True) for n in (1, 2))
+    with begin(tmp_path / "run", RECIPE) as run:
+        run.append(logged(1))
+        run.append_sample(first)
+        run.save_checkpoint(1, writer("one"), {})
+    samples = run.path / "samples.jsonl"
+    samples.write_bytes(samples.read_bytes() + b'{"step": 2, "pro')  # the power went
+    (run.path / "summary.json").write_text("{}")  # of an earlier stop
+    (run.path / "recipe.toml").unlink()
+    with Run(run.path, resume=True) as resumed:
+        resumed.go_on(RECIPE)
+        resumed.append_sample(second)
+    assert read_samples(run.path) == [first, second]
+    assert read_summary(run.path) is None
+    assert (run.path / "recipe.toml").read_text() == RECIPE
+
+
+def test_a_damaged_checkpoint_is_never_published(tmp_path):
+    with begin(tmp_path / "run", RECIPE) as run:
+        for step in (1, 2):
+            run.save_checkpoint(step, writer(str(step)), {}, best_step=1)
+        run.publish_kept(1)
+        assert (run.path / "adapters.safetensors").read_text() == "1"
+        (run.path / "checkpoints" / "step-00000001" / "adapters.safetensors").write_text("x")
+        run.publish_kept(1)
+    assert (run.path / "adapters.safetensors").read_text() == "1"
 
 
 def test_a_torn_last_line_is_not_a_record_and_a_broken_one_is_an_error(tmp_path):

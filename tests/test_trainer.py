@@ -334,6 +334,15 @@ def test_training_lowers_the_loss_and_evaluation_sees_it():
     assert trainer.evaluate([rows]) < 0.8 * before
 
 
+def test_an_evaluation_tells_of_each_micro_batch():
+    rows, told = random_rows(LENGTHS), []
+    trainer = Trainer(tiny_model(), micro_batch_tokens=60)
+    silent = trainer.evaluate([rows[:5], rows[5:]])
+    assert trainer.evaluate([rows[:5], rows[5:]], lambda: told.append(1)) == silent
+    steps = [trainer.make_micro_batches(part) for part in (rows[:5], rows[5:])]
+    assert len(told) == sum(len(step.micro_batches) for step in steps) > 2
+
+
 def test_evaluation_leaves_training_as_it_was():
     rows = random_rows(LENGTHS)
     runs = []

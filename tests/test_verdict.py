@@ -54,7 +54,7 @@ def test_each_verdict_says_what_the_numbers_are_and_what_to_do():
     assert "since step 30, at 0.7" in judge(validated([1.0, 0.8, 0.702, 0.7, 0.703])).text
     assert "to 0.6 (−14.3 % since step 30)" in judge(validated([1.0, 0.8, 0.7, 0.6])).text
     assert "loss 1.2 → 1.3 (+8.3 %)" in (judge(validated([1.3, 1.4], 1.2)).text)
-    assert "best 0.9 (−25.0 % against the base model)" in judge(validated([0.9], 1.2)).text
+    assert "best 0.9 (−25.0 % since the start)" in judge(validated([0.9], 1.2)).text
     assert "data.valid" in judge(users_run()).text
 
 
@@ -88,4 +88,4 @@ def test_base_and_tuned_are_told_apart_where_they_differ_by_more_than_chance(
 
 
 def test_a_run_and_its_evaluation_say_the_same_of_a_worse_model():
-    assert judge(validated([1.3, 1.4, 1.5], 1.2)) == against_base(1.2, 1.3)
+    assert judge(validated([1.3, 1.4, 1.5], 1.2)) == against_base(1.2, 1.3, named="before training")

@@ -67,7 +67,7 @@ def run(
             *(("--json", as_json), ("--quiet", quiet)),
         ]
         arguments = [
-            str(recipe),
+            f"./{recipe}" if str(recipe).startswith("-") else str(recipe),
             f"--run-dir={run_dir}",
             *(f"--set={override}" for override in overrides),
             *(flag for flag, given in flags if given),

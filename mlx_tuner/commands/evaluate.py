@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 from pydantic import computed_field
 
 from mlx_tuner.commands import tasks
@@ -18,6 +17,7 @@ from mlx_tuner.commands.intervals import Interval, Share, mean_over_targets
 from mlx_tuner.commands.quality import code_blocks, is_python, repeats_itself
 from mlx_tuner.data.dataset import Dataset, shared_rows
 from mlx_tuner.data.encode import END, HEADER, START
+from mlx_tuner.engine import lora
 from mlx_tuner.engine.batching import Example
 from mlx_tuner.engine.optimizer import State
 from mlx_tuner.engine.trainer import Trainer
@@ -160,28 +160,28 @@ def evaluate(
     exam = _Exam(rows, asked, to_do, exercises, tokenizer, max_tokens, display)
     trainer = _load(folder, trained, recipe, rows, display)
     with device.limits():
-        factors = trainer.state.parameters
-        # With factors of zero an adapter adds zero: the base model itself, to the bit.
+        tuned = trainer.state.parameters
+        base = trainer.shapes.flatten(lora.neutral(trainer.model))
         sides: dict[str, _Taken] = {}
-        for name, state in (("base", mx.zeros_like(factors)), ("tuned", factors)):
+        for name, state in (("base", base), ("tuned", tuned)):
             trainer.state = State.start(state)
             sides[name] = exam.taken(name, trainer)
             if programs:  # a side may take an hour
                 _keep_outcomes(programs.results or source / TASKS, to_do, sides)
-    base, tuned = sides["base"], sides["tuned"]
-    differences = [t - b for b, t in zip(base.losses, tuned.losses, strict=True)]
+    before, after = sides["base"], sides["tuned"]
+    differences = [t - b for b, t in zip(before.losses, after.losses, strict=True)]
     own = [len(tokenizer.encode(q.answer, add_special_tokens=False)) for q in asked]
     return Evaluation(
         run=str(source),
         model=model or trained.base,
         rows=count,
-        target_tokens=sum(base.targets),
+        target_tokens=sum(before.targets),
         rows_trained_on=overlap,
         own_answer_tokens=_mean(own),
         max_tokens=max_tokens,
-        base=_side(base, asked),
-        tuned=_side(tuned, asked),
-        difference=mean_over_targets(differences, base.targets),
+        base=_side(before, asked),
+        tuned=_side(after, asked),
+        difference=mean_over_targets(differences, before.targets),
     )
 
 

@@ -42,7 +42,7 @@ QUARANTINE_KEPT = 1000
 FAULTS_SHOWN = 20
 
 TOLD_FROM_BYTES = 4 << 20
-"""A smaller file is open before anybody has read that it is being opened."""
+"""Nothing is shown of a smaller file, which is open at once."""
 
 UNREADABLE = "cannot be read"
 
@@ -165,8 +165,10 @@ def open_dataset(
     dataset = Dataset(reader, rows, found, faults)
     if refuse:
         faults.refuse(path)
-        if not len(dataset):
-            what = f"none of its {plural(len(file), 'row')} can be trained on; see `mlx-tune data`"
+        if not found.usable.any():
+            of = f"its {plural(len(file), 'row')}"
+            of = of if found.is_complete else f"its first {plural(len(found.rows), 'row')}"
+            what = f"none of {of} can be trained on; see `mlx-tune data`"
             raise DataError(Fault(str(path), "", what))
     return dataset
 

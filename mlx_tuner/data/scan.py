@@ -1,4 +1,4 @@
-"""One pass over a file, at each start: every row checked, found (8 bytes) and hashed (8 bytes)."""
+"""One pass over a file at each start: every row checked, its place and a hash of it kept."""
 
 from __future__ import annotations
 

@@ -81,7 +81,9 @@ class Survey:
         """Lengths and targets of these usable rows alone; counts stay those of the file."""
         chosen = self.usable & np.isin(self.rows, rows)
         arrays = ("rows", "lengths", "tokens", "targets", "usable")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in arrays})
+        good = self.good_rows - len(self.rows) + int(chosen.sum())
+        parts = {name: getattr(self, name)[chosen] for name in arrays}
+        return replace(self, good_rows=good, **parts)
 
     def notes(self) -> Iterator[str]:
         """What does not stop a run, but should be known; a sentence each."""

@@ -1,1 +1,1 @@
-"""The training step: LoRA layers, packing, forward pass, loss, optimizer, trainer."""
+"""The training step: LoRA layers, micro-batches, forward pass, loss, optimizer, trainer."""

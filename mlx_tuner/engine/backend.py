@@ -15,7 +15,7 @@ class Backend:
     attention_tile: int = 1
     """The same for the length of an attention group's rows, where its kernel has tiles."""
     group_overhead: int = 20_000
-    """Attention scores a head that another attention group must save to be worth its kernels."""
+    """Attention scores a head that one more attention group must save, to pay for its kernels."""
     keeps_scores: bool = True
     """Whether attention keeps its scores for the backward pass. (Metal's and CUDA's are fused.)"""
     keys_per_token: int | None = 512

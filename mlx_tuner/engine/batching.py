@@ -42,7 +42,7 @@ class Example(NamedTuple):
 
     @property
     def inputs(self) -> int:
-        """Leading tokens whose hidden states anything depends on."""
+        """How many tokens come before the last target: nothing after them is computed."""
         return int(np.flatnonzero(self.loss_mask)[-1])
 
 

@@ -1,4 +1,4 @@
-"""DoRA: LoRA with the length of each row of the weights learned by itself.
+"""DoRA: LoRA with a learned magnitude for each row of the weights.
 
 (Liu et al. 2024, arXiv:2402.09353.) Shapes as in `lora`. Nothing of the shape of W is computed: the
 lengths of the rows of ``W + scale · (A B)ᵀ`` follow from those of W, from W A and from Aᵀ A.
@@ -34,6 +34,9 @@ class DoRALinear(LoRALinear):
     def kept_outputs(self) -> int:
         """Numbers of a token's output that are kept for the backward pass, for m's gradient."""
         return int(self.m.size)
+
+    def neutral(self) -> dict[str, mx.array]:
+        return {**super().neutral(), "m": mx.sqrt(self._squares)}
 
     def add(self, y: mx.array, z: mx.array) -> mx.array:
         """The layer's output from that of its base, (…, O), and ``A x``, (…, r)."""

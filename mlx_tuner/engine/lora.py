@@ -61,6 +61,10 @@ class LoRALinear(nn.Module):
         """Numbers of a token's output that are kept for the backward pass."""
         return 0
 
+    def neutral(self) -> dict[str, mx.array]:
+        """Values of what is trained here with which the layer is its base, to the bit."""
+        return {name: mx.zeros_like(self[name]) for name in ("lora_a", "lora_b")}
+
     def add(self, y: mx.array, z: mx.array) -> mx.array:
         """``y + scale · B z``, of (…, O) and (…, r)."""
         return add_product(self.scale)(y, z, self.lora_b)
@@ -224,8 +228,8 @@ def find_targets(
             Fault("", "lora.num_layers", f"{num_layers} layers, but the model has {blocks}")
         )
     first = 0 if num_layers is None else blocks - num_layers
-    linears = _block_linears(model)
-    names = {path: path.rsplit(".", 1)[-1] for _, path in linears}
+    linears = [path for block, path in _block_linears(model) if block >= first]
+    names = {path: path.rsplit(".", 1)[-1] for path in linears}
     if target_modules == "all-linear":
         wanted = set(names.values()) - ROUTERS
     else:
@@ -239,7 +243,7 @@ def find_targets(
                     f"there are {', '.join(sorted(set(names.values())))}",
                 )
             )
-    return [path for block, path in linears if block >= first and names[path] in wanted]
+    return [path for path in linears if names[path] in wanted]
 
 
 def _block_linears(model: nn.Module) -> list[tuple[int, str]]:
@@ -275,6 +279,15 @@ def _natural(path: str) -> list[tuple[int, str]]:
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """The adapter's factors by name, ``model.layers.0.self_attn.q_proj.lora_a`` and so on."""
     return dict(tree_flatten(model.trainable_parameters()))
+
+
+def neutral(model: nn.Module) -> dict[str, mx.array]:
+    """Values by the names of `trainable` with which the model is its base."""
+    return {
+        f"{path}.{name}": value
+        for path, layer in adapted_modules(model).items()
+        for name, value in layer.neutral().items()
+    }
 
 
 def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -43,21 +43,23 @@ class StepMemory:
     adapter: int
     """Its gradient and moments."""
     token: float
-    """What a block keeps of a flat token; of a slot; of an attention score."""
+    """What a block keeps per flat token."""
     slot: float
+    """What it keeps per slot."""
     score: float
+    """What it keeps per attention score."""
     kept: float
-    """Blocks that are kept …"""
+    """Blocks whose activations are kept."""
     work: float
-    """… and what the backward pass of one that is computed again works with, in blocks."""
+    """Blocks' worth of activations that the backward pass of a recomputed block works with."""
     recurrence: float
-    """Of a token, what the backward pass of one block's linear attention works with."""
+    """What the backward pass of one block's linear attention works with, per token."""
     carried: float
-    """Of a token, kept of blocks that are computed again."""
+    """What recomputed blocks keep, per token."""
     target: float
-    """Of a target's logits, and …"""
+    """The logits of one target, and what is made of them."""
     chunk: int
-    """… of a chunk's at most."""
+    """The same of a chunk, at most."""
     keys_per_token: int | None = None
     """`Backend.keys_per_token`."""
 

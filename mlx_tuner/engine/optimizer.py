@@ -1,7 +1,7 @@
 """AdamW with global-norm clipping, on one flat vector of all trainable numbers.
 
 One vector instead of hundreds of small arrays: an update is a dozen kernels, a non-finite
-gradient is refused by one choice, and averaging over machines would be one sum.
+gradient is refused by one choice, and ranks add their gradients in one message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_tuner.engine import sums
 
 
 class Shapes:
-    """Names and shapes of arrays that are kept as one vector, in the order of their names."""
+    """Names and shapes of arrays that are kept as one vector, in the order that they come in."""
 
     def __init__(self, arrays: Mapping[str, mx.array]) -> None:
         self._shapes = {name: array.shape for name, array in arrays.items()}

@@ -43,9 +43,9 @@ class StepResult:
     finite: bool
     """False where the loss or gradient was not finite, and the update was left out."""
     seconds: float
-    """Between the last result and this one; what was done in between is not in it."""
+    """Since the result before, without what the caller did in between."""
     waited: float
-    """Of them, spent waiting for rows."""
+    """Of these seconds, those that were spent waiting for rows."""
     stop: bool = False
     """Whether some rank had been asked to stop when the step was sent to the device."""
 
@@ -224,8 +224,14 @@ class Trainer:
         self._set(self.adapter)
         return self.model.eval()
 
-    def evaluate(self, batches: Iterable[Sequence[Example]]) -> float:
-        """Mean loss over the target tokens of all rows, without dropout and gradients."""
+    def evaluate(
+        self, batches: Iterable[Sequence[Example]], on_micro_batch: Callable[[], None] | None = None
+    ) -> float:
+        """Mean loss over the target tokens of all rows, without dropout and gradients.
+
+        Args:
+            on_micro_batch: called each time another micro-batch is computed.
+        """
         self.model.eval()
         self._set(self.adapter)
         total, targets = 0.0, 0
@@ -244,6 +250,9 @@ class Trainer:
                 loss = linear_cross_entropy_value(hidden, head, *wanted, backend=self.backend)
                 losses.append(loss)
                 mx.async_eval(loss)
+                if on_micro_batch:
+                    mx.eval(losses[-2:-1])
+                    on_micro_batch()
             total += float(mx.stack(losses).sum().item())
             targets += step.target_tokens
         loss, count = self.ranks.total([total, targets])

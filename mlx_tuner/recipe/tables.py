@@ -126,10 +126,10 @@ class LoraTable(Table):
         None, ge=1, le=100_000, description="the last N blocks; all of them where absent"
     )
     variant: Literal["lora", "rslora", "dora"] = Field(
-        "lora", description="rslora: scale = alpha / sqrt(rank); dora: learned lengths of rows"
+        "lora", description="rslora: scale = alpha / sqrt(rank); dora: with learned magnitudes"
     )
     init_from: Annotated[str, AfterValidator(_path)] | None = Field(
-        None, description="a run or adapter folder to start from"
+        None, description="a run or adapter folder to start from, whose modules are adapted"
     )
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Meter(Steps, frozen=False):
-    """Adds up steps until they are logged; what it has then is all that a checkpoint must keep."""
+    """Adds up steps until they are logged; a checkpoint keeps what it has."""
 
     other_seconds: dict[str, float] = Field(default_factory=dict)
     """Of the whole run, by what they went to."""

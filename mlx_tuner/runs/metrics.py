@@ -119,7 +119,7 @@ class TrainRecord(Steps, Line):
 
 
 class EvalRecord(Line):
-    """An evaluation on the validation rows. Step 0 is the base model."""
+    """An evaluation on the validation rows. Step 0 is before training."""
 
     event: Literal["eval"] = "eval"
     val_loss: Number
@@ -127,7 +127,7 @@ class EvalRecord(Line):
 
 
 class Sample(Figures):
-    """An answer while training to one of the recipe's prompts. Step 0 is the base model's."""
+    """An answer while training to one of the recipe's prompts. Step 0 is before training."""
 
     step: int
     prompt: str
@@ -235,7 +235,7 @@ class Summary(Facts):
     last_epoch_loss: Number
     """Mean over as many steps at the end."""
     base_val_loss: Number | None
-    """Of the base model; None without validation rows."""
+    """Before training: the base model's, if the adapter was new; None without validation rows."""
     best_step: int | None
     """Of the lowest validation loss; None without validation rows."""
     best_val_loss: Number | None

@@ -274,7 +274,8 @@ class _First(_Connected):
     def late(self, sentence: str) -> str:
         self._late = True
         ranks = [(self._launch.name, self._met, self.stopped)]
-        others = sorted(self._arrived, key=lambda link: link.rank)
+        known = (link for link in self._arrived if link.rank > 0)  # no stranger
+        others = sorted(known, key=lambda link: link.rank)
         ranks += [(link.name, link.met, link.stopped) for link in others]
         most = max(met for _, met, _ in ranks)
         late = [name for name, _, stopped in ranks if stopped]

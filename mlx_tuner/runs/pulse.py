@@ -19,7 +19,7 @@ VARIABLE = "MLX_TUNE_SUPERVISED"
 
 _PR_SET_PDEATHSIG = 1
 CRASHED = 70
-"""Exit code of a training process that met an error which is nobody's input's."""
+"""Exit code of a training process that met an error of none of recipe, data and model."""
 
 
 @dataclass(frozen=True)

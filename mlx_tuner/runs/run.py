@@ -104,16 +104,19 @@ class Run:
         for name in checkpoints.names(self.path)[: len(self.rejected)]:
             files.remove(self.path / CHECKPOINTS / name)
         self._cut_metrics(self.checkpoint.state["metrics_bytes"])
-        if (self.path / RECIPE).read_text("utf-8") != recipe_toml:
-            files.write_text(self.path / RECIPE, recipe_toml)
+        self._drop_torn_sample()
+        files.discard(self.path / SUMMARY)
+        recipe = self.path / RECIPE
+        if not recipe.exists() or recipe.read_text("utf-8") != recipe_toml:
+            files.write_text(recipe, recipe_toml)
             own.remember(recipe_toml)
 
     def require_space(self, most: int) -> None:
         """Refuse a run that the disk has no room for.
 
         Args:
-            most: bytes that it will take. Checkpoints that are there already are part of them, or
-                make room for them.
+            most: bytes that it will take, less those of checkpoints that are there: they are this
+                run's, or go when its first one is written.
 
         Raises:
             RunError: bytes needed and bytes free.
@@ -172,7 +175,7 @@ class Run:
             for name in (ADAPTER, ADAPTER_CONFIG):
                 files.write_bytes(folder / name, (kept / name).read_bytes())
 
-        if kept.exists():
+        if kept.exists() and not files.verify(kept):
             self.publish(copy)
 
     def write_summary(self, summary: Summary) -> None:
@@ -188,6 +191,16 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _drop_torn_sample(self) -> None:
+        """Drop what follows the last newline, so that no answer is added to half a line."""
+        path = self.path / SAMPLES
+        content = path.read_bytes() if path.exists() else b""
+        if whole := content[: content.rfind(b"\n") + 1]:
+            if whole != content:
+                files.write_bytes(path, whole)
+        else:
+            files.discard(path)
 
     def _cut_metrics(self, size: int) -> None:
         """Leave the first `size` bytes of the metrics; whole lines after them are set aside."""

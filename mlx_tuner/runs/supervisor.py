@@ -32,9 +32,9 @@ DELAYS = (5.0, 30.0, 120.0)
 TICK = 5.0
 """Seconds between two looks at a silent child."""
 PATIENCE = 90.0
-"""Seconds of silence at least that count as hanging, once steps are made."""
+"""A child that has made a step counts as hung after so many seconds of silence, …"""
 SLOWEST = 6.0
-"""Times the longest recent silence that count as hanging."""
+"""… or so many times its longest recent silence, if that is more."""
 PATIENCE_OF_RANKS, SLOWEST_OF_RANKS = 45.0, 4.0
 """The same where several machines wait for one another, and would for ever."""
 _KEPT_BYTES = 64_000

@@ -53,7 +53,7 @@ class Verdict:
 
 
 def judge(records: Sequence[Record]) -> Verdict:
-    """The verdict on a run's records; an evaluation of step 0 is the base model's."""
+    """The verdict on a run's records; an evaluation of step 0 is from before training."""
     evaluations = [r for r in records if isinstance(r, EvalRecord) and math.isfinite(r.val_loss)]
     base = next((r for r in evaluations if r.step == 0), None)
     curve = sorted((r for r in evaluations if r.step > 0), key=lambda record: record.step)
@@ -65,11 +65,11 @@ def judge(records: Sequence[Record]) -> Verdict:
             "or a fraction of the training rows such as 0.1.",
         )
     if base and best.val_loss >= base.val_loss * (1 + _NOISE):
-        return against_base(base.val_loss, best.val_loss)
+        return against_base(base.val_loss, best.val_loss, named="before training")
     if len(curve) < _FEWEST:
         change = ""
         if base:
-            change = f" ({_change(base.val_loss, best.val_loss)} against the base model)"
+            change = f" ({_change(base.val_loss, best.val_loss)} since the start)"
         times = "once" if len(curve) == 1 else "twice"
         return Verdict(
             "too few",
@@ -82,25 +82,28 @@ def judge(records: Sequence[Record]) -> Verdict:
     return _not_risen(curve, best, last)
 
 
-def against_base(base: float, tuned: float, *, sure: bool = True) -> Verdict:
+def against_base(
+    base: float, tuned: float, *, sure: bool = True, named: str = "the base model"
+) -> Verdict:
     """What two losses on the same held-out rows say.
 
     Args:
         sure: whether they differ by more than chance, where that is known.
+        named: what the first one is of.
     """
     if not (math.isfinite(base) and math.isfinite(tuned)):
         return Verdict("too few", "No verdict: a loss is not finite.")
     if not sure or abs(tuned - base) <= _NOISE * base:
-        text = "No better than the base model on these rows, and no worse"
+        text = f"No better than {named} on these rows, and no worse"
         if not sure:
-            text = "Too few rows to tell it from the base model: the difference may be chance"
+            text = f"Too few rows to tell it from {named}: the difference may be chance"
         return Verdict("like the base", f"{text}: loss {base:.4g} → {tuned:.4g}.")
     change = f"loss {base:.4g} → {tuned:.4g} ({_change(base, tuned)}) on rows held out"
     if tuned < base:
-        return Verdict("better than base", f"Better than the base model: {change}.")
+        return Verdict("better than base", f"Better than {named}: {change}.")
     return Verdict(
         "worse than base",
-        f"Worse than the base model: {change}. Lower train.learning_rate, or check that training "
+        f"Worse than {named}: {change}. Lower train.learning_rate, or check that training "
         "and held-out rows are alike.",
     )
 

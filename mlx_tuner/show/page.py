@@ -196,7 +196,7 @@ def _samples(samples: Sequence[Sample], kept: int | None) -> str:
 
 
 def _answer(sample: Sample) -> str:
-    title = "base model" if sample.step == 0 else f"step {sample.step:,}"
+    title = "before training" if sample.step == 0 else f"step {sample.step:,}"
     if not sample.stopped:
         title += ", cut at the longest length"
     answer = escape(sample.answer)

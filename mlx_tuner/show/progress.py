@@ -133,7 +133,7 @@ class Display:
         else:
             line.append(f"  val loss {record.val_loss:.4f}", "yellow")
             if record.step == 0:
-                line.append("  base model", "dim")
+                line.append("  before training", "dim")
             elif best:
                 line.append("  ★ best so far", "bold green")
         self._print(line)

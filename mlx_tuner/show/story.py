@@ -146,7 +146,7 @@ def trajectory(records: Sequence[Record], best_step: int | None) -> Trajectory:
             cells.append(f"{evaluation.val_loss:.4f}" if evaluation else "")
         cells += [f"{train.grad_norm:.3f}", scientific(train.learning_rate)] if train else ["", ""]
         if evaluated:
-            cells.append("★ best" if step == best_step else "base" if step == 0 else "")
+            cells.append("★ best" if step == best_step else "start" if step == 0 else "")
         rows.append(cells)
     names = ["step", "epoch", "loss", "val loss", "grad norm", "LR", ""]
     if not evaluated:

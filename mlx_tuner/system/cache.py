@@ -45,4 +45,4 @@ def remove_others(kept: Path) -> None:
     start = kept.name.rpartition("-")[0] + "-"
     for path in kept.parent.iterdir():
         if path.name.startswith(start) and path != kept:
-            files.remove(path)
+            files.discard(path)

@@ -31,8 +31,9 @@ def deferred() -> Iterator[Interrupt]:
 
     def keep(number: int, _: FrameType | None) -> None:
         interrupt.received = signal.Signals(number)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        for each, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(each, signal.SIG_DFL)
 
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # nohup stays nohup

@@ -17,7 +17,7 @@ from mlx_tuner.system import launch
 
 _PACKAGES = ("mlx-lora-tuner", "mlx", "mlx-lm", "transformers", "numpy")
 _ALIKE = 1.15
-"""Times that one machine may seem faster than another and count as the same."""
+"""Ranks whose speeds differ by less than this factor get equal shares."""
 
 Plain = TypeVar("Plain")
 

@@ -27,7 +27,8 @@ from mlx_tuner.models.answers import prompt_tokens
 from mlx_tuner.models.architecture import dtype_of
 from mlx_tuner.models.model import Loaded
 from mlx_tuner.recipe import schedule
-from mlx_tuner.recipe.tables import DataTable, Recipe
+from mlx_tuner.recipe.tables import DataTable, LoraTable, Recipe
+from mlx_tuner.words import plural
 
 HUB = "hub:"
 
@@ -168,7 +169,7 @@ def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -
 
     Raises:
         ModelError: it does not fit the model.
-        RecipeError: its rank is not the recipe's.
+        RecipeError: its rank or modules are not the recipe's.
     """
     table = recipe.lora
     if table.init_from is None:
@@ -194,9 +195,28 @@ def attach_adapter(model: nn.Module, recipe: Recipe, kept: Path | None = None) -
         kind, other = ("dora", table.variant) if start.is_dora else ("lora", "dora")
         what = f'is of the variant {kind}, the recipe of {other}; set lora.variant = "{kind}"'
         raise RecipeError(Fault(table.init_from, "lora.init_from", what))
+    # A recipe that says nothing of modules takes the adapter's.
+    default = LoraTable.model_fields["target_modules"].default
+    wanted = None
+    if table.target_modules != default or table.num_layers is not None:
+        wanted = lora.find_targets(model, table.target_modules, table.num_layers)
     adapter.apply(model, start)
+    found = list(lora.adapted_modules(model))
+    if wanted is not None and set(found) != set(wanted):
+        what = (
+            f"adapts {_modules(found)}, the recipe {_modules(wanted)}; "
+            "set lora.target_modules and lora.num_layers to match, or leave both out"
+        )
+        raise RecipeError(Fault(table.init_from, "lora.init_from", what))
     for layer in lora.adapted_modules(model).values():
         layer.dropout = table.dropout
+
+
+def _modules(paths: Sequence[str]) -> str:
+    """Such as "q_proj v_proj of 28 blocks"."""
+    names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    blocks = {lora.split_block(path)[0] for path in paths}
+    return f"{' '.join(names)} of {plural(len(blocks), 'block')}"
 
 
 def in_order(dataset: Dataset) -> Iterator[list[Example]]:

@@ -69,12 +69,14 @@ def finetune(
         agreement.require_one_run(ranks, same)
         state = agreement.from_first(ranks, kept.state if kept else None)
         config = check_folder(folder)
-        memory = needs.memory_of(recipe, needs.skeleton(recipe, config), config, data.train)
+        place = kept.path if kept else None
+        skeleton = needs.skeleton(recipe, config, place)
+        memory = needs.memory_of(recipe, skeleton, config, data.train)
         if not force:
             memory.require(recipe.name)
         with display.task("loading the model"):
             loaded = models.load(folder)
-            assembly.attach_adapter(loaded.model, recipe, kept.path if kept else None)
+            assembly.attach_adapter(loaded.model, recipe, place)
 
         step = needs.step_memory(recipe, loaded.model, loaded.config)
         trainer = Trainer(

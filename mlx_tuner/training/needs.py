@@ -36,9 +36,9 @@ _SHORTER = (1024, 512, 256)
 _FLOPS_A_PARAMETER = 4
 """For each token: forward and backward without gradients of the frozen weights."""
 _EFFICIENCY = 0.5
-"""Of a chip's peak, that a run is taken to reach where nothing was measured."""
+"""Part of a chip's peak that is assumed where nothing was measured."""
 _LARGEST = 16
-"""Steps of the most tokens, and as many of the longest rows, that are laid out to compare."""
+"""How many steps of the most tokens, and how many of the longest rows, are compared."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,15 @@ class Memory:
             raise ModelError(Fault(name, "", what))
 
 
-def skeleton(recipe: Recipe, config: dict[str, Any]) -> nn.Module:
-    """The recipe's model with its adapter, of the right shapes and types, never computed."""
+def skeleton(recipe: Recipe, config: dict[str, Any], kept: Path | None = None) -> nn.Module:
+    """The recipe's model with its adapter, of the right shapes and types, never computed.
+
+    Args:
+        kept: as of `assembly.attach_adapter`.
+    """
     model = architecture.skeleton(config)
     model.set_dtype(getattr(mx, architecture.config_dtype(config) or "float32"))
-    assembly.attach_adapter(model, recipe)
+    assembly.attach_adapter(model, recipe, kept)
     return model
 
 

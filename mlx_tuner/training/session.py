@@ -113,7 +113,7 @@ class Session:
                     self._log()
                 if step % eval_every == 0 or step == steps:
                     self._look()
-                if self._is_stale():
+                if self._is_out_of_patience():
                     status = STOPPED_EARLY
                 elif self._is_to_stop(result, signal) and step < steps:
                     status = STOPPED
@@ -137,18 +137,20 @@ class Session:
 
     def is_finished(self) -> bool:
         """Whether no step is left: all are made, or the run has stopped early."""
-        return self.progress.step >= len(self.learning_rates) or self._is_stale()
+        return self.progress.step >= len(self.learning_rates) or self._is_out_of_patience()
 
     def already_finished(self) -> Summary:
         """Say that the resumed run had ended; its summary, written now if it was missing."""
-        early = " early, by its evaluations" if self._is_stale() else ""
+        early = " early, by its evaluations" if self._is_out_of_patience() else ""
         what = f"{self.run.path}: has finished{early}, after step {self.progress.step}"
         self.display.note(f"{what}; nothing is left to train")
         summary = read_summary(self.run.path) if self.trainer.ranks.leads else None
-        if summary is not None and summary.steps == self.progress.step:
+        status = STOPPED_EARLY if early else FINISHED
+        if summary and (summary.steps, summary.status) == (self.progress.step, status):
             return self._told(summary)
+        self.run.go_on(self.recipe.to_toml())
         self.publish_kept()
-        return self._finish(STOPPED_EARLY if early else FINISHED)
+        return self._finish(status)
 
     def publish_kept(self) -> None:
         """Publish the best adapter that the checkpoint knows of, as its process may not have."""
@@ -222,6 +224,7 @@ class Session:
 
     @cached_property
     def _reporter(self) -> Reporter:
+        self.pulse.quiet()  # a tracker may take its time to answer
         return Reporter(
             self.run,
             self.display,
@@ -284,7 +287,7 @@ class Session:
         if self.data.valid is None:
             return
         with self.display.task("evaluating"), self.progress.meter.timing("evaluating"):
-            loss = self.trainer.evaluate(self._beating(assembly.in_order(self.data.valid)))
+            loss = self.trainer.evaluate(assembly.in_order(self.data.valid), self.pulse.beat)
         progress = self.progress
         record = EvalRecord(step=progress.step, epoch=self._epoch, val_loss=loss)
         lowest = math.inf if progress.best_val_loss is None else progress.best_val_loss
@@ -313,14 +316,11 @@ class Session:
             )
             self._reporter.sample(sample)
 
-    def _beating(self, batches: Iterator[list[Example]]) -> Iterator[list[Example]]:
-        for examples in batches:
-            self.pulse.beat()
-            yield examples
-
-    def _is_stale(self) -> bool:
-        patience = self.recipe.train.early_stopping_patience
-        return bool(patience) and self.progress.evaluations_since_best >= patience
+    def _is_out_of_patience(self) -> bool:
+        """Whether the evaluations end the run before its last step."""
+        patience, total = self.recipe.train.early_stopping_patience, len(self.learning_rates)
+        stale = bool(patience) and self.progress.evaluations_since_best >= patience
+        return stale and self.progress.step < total
 
     def _check_finite(self, result: StepResult) -> None:
         """Say which rows made a step that was not finite; enough of them in a row end the run."""
@@ -378,6 +378,7 @@ class Session:
             self._log()
         if not self.trainer.ranks.leads:
             return self._told(None)
+        self.pulse.quiet()
         return self._told(self._reporter.end(status, self._facts_now, meter, **self._speeds))
 
     def _told(self, summary: Summary | None) -> Summary:
