@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from mlx_tuner.words import printable, shortened
 
+FAULTS_SHOWN = 20
+"""Of all that is wrong at once."""
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -15,6 +15,7 @@ from model_folders import BUILTIN, write_model
 from tiny import random_rows
 
 from mlx_tuner.cli import main
+from mlx_tuner.commands.evaluate import evaluate
 from mlx_tuner.conversion.fuse import merge
 from mlx_tuner.engine import lora
 from mlx_tuner.engine.dora import DoRALinear
@@ -25,6 +26,7 @@ from mlx_tuner.models.adapter import Adapter, apply, write_adapter
 from mlx_tuner.models.adapter_folder import read_adapter
 from mlx_tuner.models.peft_format import write_peft
 from mlx_tuner.recipe.load import load_recipe
+from mlx_tuner.show.progress import Display
 from mlx_tuner.training.finetune import finetune
 
 STEPS, RATE, DECAY, SEED = 8, 5e-3, 0.1, 7
@@ -242,7 +244,11 @@ def test_a_run_with_every_method_resumes_and_is_fused(tmp_path):
     few = ["data.limit=8", "train.max_steps=4", "train.save_every=2", "train.warmup_steps=0"]
     methods = ["lora.variant=dora", "train.lora_plus_ratio=8", "train.neftune_noise=5"]
     recipe, run = load_recipe("quickstart", [*few, *methods]), tmp_path / "run"
-    finetune(recipe, run)
+    summary = finetune(recipe, run)
+    with Display(quiet=True) as display:
+        found = evaluate(run, display, samples=0)
+    assert found.base.loss.value == pytest.approx(summary.base_val_loss, rel=1e-5)
+    assert found.tuned.loss.value == pytest.approx(summary.best_val_loss, rel=1e-5)
     config = json.loads((run / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "dora"
     end = dict(mx.load(f"{run}/adapters.safetensors"))

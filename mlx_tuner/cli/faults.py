@@ -9,14 +9,12 @@ from contextlib import suppress
 
 import click
 
-from mlx_tuner.errors import Fault, RunStopped, TunerError
+from mlx_tuner.errors import FAULTS_SHOWN, Fault, RunStopped, TunerError
 from mlx_tuner.runs import causes
 from mlx_tuner.runs.place import CRASH_LOG
 from mlx_tuner.show.terminal import safe
 from mlx_tuner.system import cache, files
 from mlx_tuner.words import shortened
-
-MAX_FAULTS_SHOWN = 20
 
 
 class Commands(click.Group):
@@ -59,7 +57,7 @@ def _unforeseen(error: Exception) -> Fault:
 
 def print_faults(faults: Sequence[Fault], count: int, kind: str = "error: ") -> None:
     """The first of `count` faults, a line each."""
-    for fault in faults[:MAX_FAULTS_SHOWN]:
+    for fault in faults[:FAULTS_SHOWN]:
         click.echo(f"mlx-tune: {kind}{fault}", file=safe(sys.stderr))
-    if (more := count - MAX_FAULTS_SHOWN) > 0:
+    if (more := count - FAULTS_SHOWN) > 0:
         click.echo(f"mlx-tune: error: … and {more:,} more", file=safe(sys.stderr))

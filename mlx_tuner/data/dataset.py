@@ -28,7 +28,7 @@ from mlx_tuner.data.scan import RowFile
 from mlx_tuner.data.sources import Source
 from mlx_tuner.data.survey import SURVEYED_ROWS, Survey, survey
 from mlx_tuner.engine.batching import Example
-from mlx_tuner.errors import DataError, Fault
+from mlx_tuner.errors import FAULTS_SHOWN, DataError, Fault
 from mlx_tuner.words import plural
 
 BadRowPolicy = Literal["error", "skip"]
@@ -38,8 +38,6 @@ ShowTask = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 QUARANTINE_KEPT = 1000
 """Rows left out whose reasons are kept; those after them are only counted."""
-
-FAULTS_SHOWN = 20
 
 TOLD_FROM_BYTES = 4 << 20
 """Nothing is shown of a smaller file, which is open at once."""

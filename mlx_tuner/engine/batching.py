@@ -196,9 +196,8 @@ def partition(
     first = 0
     while first < len(lengths):
         # Most rows that fit, by bisection: each size grows with every row.
-        low, high = 1, len(lengths) - first
         ends = np.cumsum(lengths[first:])
-        high = max(1, min(high, int(np.searchsorted(ends, micro_batch_tokens - prefix, "right"))))
+        low, high = 1, max(1, int(np.searchsorted(ends, micro_batch_tokens - prefix, "right")))
         while low < high:
             middle = (low + high + 1) // 2
             part = lengths[first : first + middle]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
-from mlx_tuner.errors import DataError, Fault, ModelError, RecipeError, RunError
+from mlx_tuner.errors import DataError, Fault, ModelError, RecipeError
 
 FREE = {"micro_batch_tokens", "gradient_checkpointing", "log_every", "save_every"}
 """Keys of [train] that change no result."""
@@ -35,19 +35,17 @@ class Identity:
         """Plain values, for `check`."""
         return asdict(self)
 
-    def check(self, kept: Mapping[str, Any] | None, source: str, *, allow_change: bool) -> None:
+    def check(self, kept: Mapping[str, Any], source: str, *, allow_change: bool) -> None:
         """Refuse to go on from a checkpoint of another run.
 
         Args:
-            kept: what that one's `to_state` was; None for checkpoints older than this check.
+            kept: its `to_state`.
             source: the recipe's name, for messages.
 
         Raises:
             RecipeError: the keys that differ, with both values.
             DataError, ModelError: the rows or the base model are others.
         """
-        if kept is None:
-            raise RunError(Fault(source, "", "was begun by an older version; use --overwrite"))
         if faults := self._recipe_faults(kept["recipe"], source, allow_change):
             raise RecipeError(*faults)
         for name, digest in self.rows.items():

@@ -65,7 +65,7 @@ def finetune(
         rates = assembly.learning_rates(recipe, len(data.train))
         same = identity(recipe, data, folder)
         if kept:
-            same.check(kept.state.get("identity"), recipe.name, allow_change=allow_change)
+            same.check(kept.state["identity"], recipe.name, allow_change=allow_change)
         agreement.require_one_run(ranks, same)
         state = agreement.from_first(ranks, kept.state if kept else None)
         config = check_folder(folder)
