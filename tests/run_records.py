@@ -32,6 +32,7 @@ def train_record(
         epoch=epoch or step / 10,
         losses=[loss] * steps,
         grad_norms=[grad_norm] * steps,
+        nonfinite_steps=0,
         learning_rate=rate,
         rows=8 * steps,
         tokens=974 * steps,

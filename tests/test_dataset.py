@@ -217,6 +217,15 @@ def test_figures_of_a_file_longer_than_the_survey_are_estimates(tmp_path, tokeni
     assert part.tokens == whole.tokens  # here the first rows are like the others
 
 
+def test_a_file_is_opened_without_a_survey_and_refused_where_all_of_it_is_unusable(
+    tmp_path, tokenizer
+):
+    path = write(tmp_path, [row(i, words=60) for i in range(3)])
+    assert len(opened(path, tokenizer, surveyed_rows=0)) == 3
+    faults = refused(path, tokenizer, max_seq_length=9, on_bad_row="skip", surveyed_rows=2)
+    assert "none of its first 2 rows can be trained on" in str(faults)
+
+
 def test_notes_of_a_file_longer_than_the_survey_say_what_they_are_of(tmp_path, tokenizer):
     path = write(tmp_path, [row(i, words=100) for i in range(9)])
     (note,) = opened(path, tokenizer, max_seq_length=50, surveyed_rows=4).notes

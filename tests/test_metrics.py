@@ -215,6 +215,7 @@ def test_records_survive_json(steps, numbers, counts):
         epoch=numbers[0],
         losses=[loss for loss, _ in steps],
         grad_norms=[norm for _, norm in steps],
+        nonfinite_steps=counts[0],
         learning_rate=numbers[1],
         rows=counts[1],
         tokens=counts[2],
@@ -251,6 +252,14 @@ def test_lines_of_later_versions_are_read_for_what_is_known():
 def test_a_field_of_the_wrong_type_is_named(change):
     with pytest.raises(ValueError, match=r"^step: Input should be a valid integer$"):
         EvalRecord.from_json({"step": 1, "epoch": 0.5, "val_loss": 1.0, **change})
+
+
+@pytest.mark.parametrize("name", ["step", "rows", "losses", "nonfinite_steps", "memory_gb"])
+def test_a_log_line_lacks_nothing(name):
+    values = train_record(1, 1.0).to_json()
+    del values[name]
+    with pytest.raises(ValueError, match=rf"^{name}: Field required$"):
+        record_from_json(values)
 
 
 def test_a_missing_field_is_named():

@@ -160,28 +160,28 @@ def evaluate(
     exam = _Exam(rows, asked, to_do, exercises, tokenizer, max_tokens, display)
     trainer = _load(folder, trained, recipe, rows, display)
     with device.limits():
-        tuned = trainer.state.parameters
-        base = trainer.shapes.flatten(lora.neutral(trainer.model))
+        factors = trainer.state.parameters
+        neutral = trainer.shapes.flatten(lora.neutral(trainer.model))
         sides: dict[str, _Taken] = {}
-        for name, state in (("base", base), ("tuned", tuned)):
+        for name, state in (("base", neutral), ("tuned", factors)):
             trainer.state = State.start(state)
             sides[name] = exam.taken(name, trainer)
             if programs:  # a side may take an hour
                 _keep_outcomes(programs.results or source / TASKS, to_do, sides)
-    before, after = sides["base"], sides["tuned"]
-    differences = [t - b for b, t in zip(before.losses, after.losses, strict=True)]
+    base, tuned = sides["base"], sides["tuned"]
+    differences = [t - b for b, t in zip(base.losses, tuned.losses, strict=True)]
     own = [len(tokenizer.encode(q.answer, add_special_tokens=False)) for q in asked]
     return Evaluation(
         run=str(source),
         model=model or trained.base,
         rows=count,
-        target_tokens=sum(before.targets),
+        target_tokens=sum(base.targets),
         rows_trained_on=overlap,
         own_answer_tokens=_mean(own),
         max_tokens=max_tokens,
-        base=_side(before, asked),
-        tuned=_side(after, asked),
-        difference=mean_over_targets(differences, before.targets),
+        base=_side(base, asked),
+        tuned=_side(tuned, asked),
+        difference=mean_over_targets(differences, base.targets),
     )
 
 

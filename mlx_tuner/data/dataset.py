@@ -163,7 +163,7 @@ def open_dataset(
     dataset = Dataset(reader, rows, found, faults)
     if refuse:
         faults.refuse(path)
-        if not found.usable.any():
+        if not len(dataset) or (found.problems and not found.usable.any()):
             of = f"its {plural(len(file), 'row')}"
             of = of if found.is_complete else f"its first {plural(len(found.rows), 'row')}"
             what = f"none of {of} can be trained on; see `mlx-tune data`"

@@ -62,7 +62,7 @@ class LoRALinear(nn.Module):
         return 0
 
     def neutral(self) -> dict[str, mx.array]:
-        """Values of what is trained here with which the layer is its base, to the bit."""
+        """Values of what is trained here with which the layer is its base."""
         return {name: mx.zeros_like(self[name]) for name in ("lora_a", "lora_b")}
 
     def add(self, y: mx.array, z: mx.array) -> mx.array:

@@ -1,8 +1,8 @@
 """A safetensors file's header, checked against the file before MLX, which trusts it, reads that.
 
 Format: 8 bytes little-endian header size, a JSON object name -> {dtype, shape, data_offsets}, then
-the tensors' bytes (https://github.com/huggingface/safetensors#format). The
-format's own parser checks it; what that takes and MLX cannot read is refused here.
+the tensors' bytes (https://github.com/huggingface/safetensors#format). The format's own parser
+checks it; what that takes and MLX cannot read is refused here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ class Meter(Steps, frozen=False):
     earlier_seconds: float = 0.0
     """Of the processes that this one resumes."""
     _started: float = PrivateAttr(default_factory=lambda: time.monotonic())
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{"learning_rate": math.nan, "trained_tokens": 0, **_none(), **values})
 
     @property
     def elapsed_seconds(self) -> float:
@@ -61,8 +65,8 @@ class Meter(Steps, frozen=False):
             elapsed_seconds=self.elapsed_seconds,
             restarts=restarts,
         )
-        self.losses, self.grad_norms, self.nonfinite_steps = [], [], 0
-        self.rows, self.tokens, self.seconds = 0, 0, 0.0
+        for name, value in _none().items():
+            setattr(self, name, value)
         return made
 
     def state(self) -> dict[str, Any]:
@@ -71,6 +75,12 @@ class Meter(Steps, frozen=False):
 
     def _spend(self, what: str, seconds: float) -> None:
         self.other_seconds[what] = self.other_seconds.get(what, 0.0) + seconds
+
+
+def _none() -> dict[str, Any]:
+    """What no steps add up to."""
+    lists: dict[str, Any] = {"losses": [], "grad_norms": []}
+    return {**lists, "nonfinite_steps": 0, "rows": 0, "tokens": 0, "seconds": 0.0}
 
 
 def _rounded(value: float) -> float:

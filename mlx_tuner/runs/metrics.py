@@ -59,20 +59,20 @@ class Line(Figures):
 class Steps(Figures):
     """What some optimizer steps add up to."""
 
-    losses: list[Number] = []
+    losses: list[Number]
     """Of each step, the mean over its target tokens; NaN where all of its rows were left out."""
-    grad_norms: list[Number] = []
+    grad_norms: list[Number]
     """Of each step, the global L2 norm before clipping."""
-    nonfinite_steps: int = 0
+    nonfinite_steps: int
     """Those whose loss or gradient was not finite, and which changed nothing."""
-    learning_rate: Number = math.nan
+    learning_rate: Number
     """The one that the last step used."""
-    rows: int = 0
-    tokens: int = 0
+    rows: int
+    tokens: int
     """All of the rows', prompts included, padding not."""
-    seconds: Number = 0.0
+    seconds: Number
     """Of the steps alone."""
-    trained_tokens: int = 0
+    trained_tokens: int
     """Target tokens since the start of the run."""
 
 

@@ -196,11 +196,9 @@ class Run:
         """Drop what follows the last newline, so that no answer is added to half a line."""
         path = self.path / SAMPLES
         content = path.read_bytes() if path.exists() else b""
-        if whole := content[: content.rfind(b"\n") + 1]:
-            if whole != content:
-                files.write_bytes(path, whole)
-        else:
-            files.discard(path)
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            files.write_bytes(path, whole)
 
     def _cut_metrics(self, size: int) -> None:
         """Leave the first `size` bytes of the metrics; whole lines after them are set aside."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,6 +20,12 @@ class Interrupt:
         self.received: signal.Signals | None = None
 
 
+def _handlers(numbers: Iterable[signal.Signals]) -> dict[signal.Signals, Any]:
+    """What each signal does; those that are ignored, as by nohup, are left alone."""
+    found = {number: signal.getsignal(number) for number in numbers}
+    return {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
+
+
 @contextmanager
 def deferred() -> Iterator[Interrupt]:
     """Keep SIGINT, SIGTERM and SIGHUP while the block runs; what they did before is put back.
@@ -27,17 +34,15 @@ def deferred() -> Iterator[Interrupt]:
     """
     interrupt = Interrupt()
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in SIGNALS if main}
+    before = _handlers(SIGNALS) if main else {}
 
     def keep(number: int, _: FrameType | None) -> None:
         interrupt.received = signal.Signals(number)
-        for each, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(each, signal.SIG_DFL)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # nohup stays nohup
-            signal.signal(number, keep)
+    for number in before:
+        signal.signal(number, keep)
     try:
         yield interrupt
     finally:
@@ -58,8 +63,7 @@ class Relay:
         """The process id of a child that runs."""
 
     def __enter__(self) -> Relay:
-        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGTSTP)}
-        self._before = {n: h for n, h in before.items() if h != signal.SIG_IGN}
+        self._before = _handlers((*SIGNALS, signal.SIGTSTP))
         for number in self._before:
             signal.signal(number, self._stop if number == signal.SIGTSTP else self._hand_on)
         return self
